@@ -1,0 +1,48 @@
+# Each target first does the set-up it needs, so all of them work from a fresh clone.
+PYTHON := .venv/bin/python
+STAMP := .venv/.migkit-setup
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+SOAK_ARGS ?=
+.DEFAULT_GOAL := help
+.PHONY: help demo lab test lint bench soak setup clean FORCE
+.PRECIOUS: $(STAMP) # interrupted, make would delete it, and with it that set-up is unfinished
+
+help: ## List what can be made
+	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
+
+demo: $(STAMP) ## Migrate a guest, draw what happened, execute the first notebook
+	@scripts/demo
+
+lab: $(STAMP) ## Open JupyterLab on notebooks/
+	.venv/bin/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks
+
+# At the limit pytest gets an interrupt: it says where it was and tears its fixtures down.
+test: $(STAMP) ## Run the tests, for 10 minutes at most (PYTEST_ARGS="-k wire -x")
+	timeout --foreground --signal=INT --kill-after=30 600 $(PYTHON) -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP) ## Check style (ruff) and types (mypy --strict)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+
+bench: $(STAMP) ## Measure the engine against a C floor (BENCH_ARGS=...)
+	$(PYTHON) -m benchmarks $(BENCH_ARGS)
+
+soak: $(STAMP) ## Migrate over and over, every run checked by the oracle (SOAK_ARGS=...)
+	$(PYTHON) -m benchmarks.soak $(SOAK_ARGS)
+
+setup: ## Only set up, again even where it was done
+	@scripts/setup
+
+clean: ## Remove .venv, caches and build/; your runs/ stay
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -path ./runs -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+# The stamp names the folder that set-up finished in; another name, a copied checkout or an
+# unfinished set-up, makes it stale whatever its date.
+ifneq ($(file <$(STAMP)),$(CURDIR))
+$(STAMP): FORCE
+endif
+$(STAMP): pyproject.toml scripts/setup
+	@scripts/setup

@@ -1,0 +1,1 @@
+"""Benchmarks: each figure against a C floor that is compiled and measured in the same run."""

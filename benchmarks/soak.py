@@ -1,0 +1,92 @@
+"""Migrate again and again, each time otherwise, and check the guest each time.
+
+``python -m benchmarks.soak [COUNT] [SEED]``: random workload, seed, memory, huge pages or not, and
+moment of switchover. Every migrated guest must be bit for bit an unmigrated one, and nothing
+may be left behind: no process, no descriptor, no shared memory.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from migkit.kernel.memory import huge_pages_free
+from migkit.migration.session import Session
+from migkit.migration.states import Status
+
+HUGE = 2 << 20
+
+
+def draw_options(draw: random.Random, most: int = 128 << 20) -> dict[str, Any]:
+    """Draw the options of one migration, with at most ``most`` bytes of memory."""
+    sizes = [n << 20 for n in (4, 16, 64, 128, 256, 512, 1024) if n << 20 <= most]
+    options: dict[str, Any] = {
+        "workload": draw.choice(["memtest", "random", "hotset"]),
+        "memory": draw.choice(sizes),
+        "seed": draw.randrange(1 << 16),
+        "rate": draw.choice([0, 0, 500, 20_000, 200_000]),
+        "postcopy": draw.choice(["manual", "1 round", "2 rounds", "auto", "30 ms", "off"]),
+        "postcopy_preempt": draw.random() < 0.7,
+        "transport": draw.choice(["unix", "tcp"]),
+        "return_path": draw.random() < 0.7,
+        "probe": "off",
+    }
+    if options["postcopy"] == "off":
+        options["rate"] = min(options["rate"] or 5000, 5000)  # what no link follows never ends
+    if draw.random() < 0.3 and huge_pages_free(HUGE) * HUGE >= 2 * options["memory"]:
+        options["page_size"] = HUGE
+    return options
+
+
+def migrate_once(
+    make: Callable[..., Session], draw: random.Random, options: dict[str, Any]
+) -> None:
+    """Migrate once and check the guest; raises AssertionError with all that is known."""
+    session = make(**options)
+    session.start()
+    if options["postcopy"] == "manual":
+        time.sleep(draw.random() * 0.1)
+        session.start_postcopy()
+    try:
+        status = session.await_end(120)
+    except TimeoutError as error:
+        raise AssertionError((options, session.query())) from error
+    assert status == Status.COMPLETED, (options, session.query())
+    verdict = session.verify()
+    assert verdict, (options, str(verdict), session.query())
+    session.close()
+
+
+def main() -> None:
+    """Migrate COUNT times."""
+    count = int(sys.argv[1]) if len(sys.argv) > 1 else 200
+    seed = int(sys.argv[2]) if len(sys.argv) > 2 else random.randrange(1 << 16)
+    print(f"seed {seed}", flush=True)
+    draw = random.Random(seed)
+    fds = len(os.listdir("/proc/self/fd"))
+    shared = set(os.listdir("/dev/shm"))
+    with tempfile.TemporaryDirectory() as folder:
+        for number in tqdm(range(count)):
+            path = Path(folder) / str(number)
+            migrate_once(
+                lambda path=path, **options: Session(path=path, **options),
+                draw,
+                draw_options(draw, 1 << 30),
+            )
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    assert not children, f"children left: {children}"
+    assert len(os.listdir("/proc/self/fd")) <= fds + 1, "descriptors left"
+    assert set(os.listdir("/dev/shm")) <= shared, "shared memory left"
+    print(f"{count} migrations, every guest bit for bit as if it had never moved; nothing left")
+
+
+if __name__ == "__main__":
+    main()

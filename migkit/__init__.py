@@ -1,0 +1,37 @@
+"""Run a real post-copy live migration and see where every page, fault and microsecond went.
+
+``migkit.run()`` runs one and returns a :class:`Run`; ``migkit.Migration`` is steered by hand;
+``migkit.load(path)`` opens a recorded run. Everything is imported when it is first used: the
+processes of a migration import this package too and must stay small.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from migkit.analysis.run import Run
+    from migkit.api import Migration, load, run
+    from migkit.guest.workloads import Workload
+
+__version__ = "0.1.0"
+__all__ = ["Migration", "Run", "Workload", "load", "run"]
+
+_HOMES = {
+    "Migration": "migkit.api",
+    "Run": "migkit.analysis.run",
+    "Workload": "migkit.guest.workloads",
+    "load": "migkit.api",
+    "run": "migkit.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'migkit' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOMES]

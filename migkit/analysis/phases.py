@@ -1,0 +1,189 @@
+"""The phases of a migration, on both sides, whether it completed, failed or never ended.
+
+Each phase begins with an event and lasts until the next one begins, so a side's phases follow
+each other without a gap, from its ``setup`` to its end or to the last thing that was recorded.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from migkit.analysis import schema
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import numpy.typing as npt
+
+    from migkit.trace.simpletrace import Trace
+
+Mark = tuple[int, str]
+"""When a phase begins, ns, and its name; the name of the end is empty."""
+
+_ENDS = frozenset({"completed", "failed", "cancelled"})
+_AFTER_BREAK = {
+    "postcopy-paused": "paused",
+    "postcopy-recover-setup": "recovery",
+    "postcopy-recover": "recovery",
+    "cancelling": "cancelling",
+}
+_FIRST_DISCARD_PING = 0x100  # the source pings with such values while it discards ahead
+
+
+def phases_frame(source: Trace, destination: Trace, page_size: int) -> pd.DataFrame:
+    """Return the phases of both sides, by side and time; ``schema.describe("phases")``."""
+    marks = {
+        "source": sorted(_source_marks(source, destination)),
+        "destination": sorted(_destination_marks(destination)),
+    }
+    traces = {"source": source, "destination": destination}
+    rows = []
+    for side, found in marks.items():
+        transfers = _transfers(traces[side], side, page_size)
+        for name, start, end in _spans(found, _last_event(traces[side])):
+            pages, n_bytes = _moved(transfers, start, end, page_size)
+            dirty = _dirty_pages(source, name, start, end) if side == "source" else None
+            rows.append((name, side, start, end, (end - start) / 1e6, pages, n_bytes, dirty))
+    columns = list(schema.TABLES["phases"].columns)
+    values: list[list[object]] = [[row[i] for row in rows] for i in range(len(columns))]
+    return schema.frame("phases", dict(zip(columns, values, strict=True)))
+
+
+def _source_marks(source: Trace, destination: Trace) -> Iterator[Mark]:
+    """Yield what begins phases of the migration; that is the source's side."""
+    yield from _state_marks(source)
+    for row in source["ram_save_round"]:
+        yield int(row["ts_ns"]), f"precopy round {int(row['round'])}"
+    postcopy = _first(source, "postcopy_start")
+    switch = postcopy or _state(source, "device")
+    if postcopy and (ahead := _discard_ahead(source, postcopy)):
+        yield ahead, "discard"
+    if switch:
+        yield switch, "switchover"
+    started = destination["guest_started"]["ts"].astype(np.int64)
+    if switch and len(started):
+        yield int(started[0]), "post-copy" if postcopy else "completion"
+    if postcopy and (sent := _first(source, "migration_completion_postcopy_end_after_complete")):
+        # A small rest may be sent before the guest has begun.
+        yield max(sent, int(started[0]) + 1 if len(started) else 0), "completion"
+
+
+def _destination_marks(trace: Trace) -> Iterator[Mark]:
+    """Yield what begins phases of the destination's side."""
+    yield from _state_marks(trace)
+    if active := _state(trace, "active"):
+        yield active, "load"
+    listening = _first(trace, "loadvm_postcopy_handle_listen")
+    if listening:
+        yield listening, "listen"
+    if len(started := trace["guest_started"]):
+        yield int(started["ts"][0]), "post-copy" if listening else "completion"
+    if done := _first(trace, "postcopy_ram_listen_thread_exit"):
+        yield done, "cleanup"
+
+
+def _state_marks(trace: Trace) -> Iterator[Mark]:
+    """Yield the states that both sides have: set-up, breaks and ends."""
+    rows = trace["migrate_set_state"]
+    broken = False
+    for ts, state in zip(rows["ts_ns"].tolist(), rows["new_state"].tolist(), strict=True):
+        if state == "setup":
+            yield ts, "setup"
+        elif state in _AFTER_BREAK:
+            broken = True
+            yield ts, _AFTER_BREAK[state]
+        elif state == "postcopy-active" and broken:
+            yield ts, "post-copy"
+        elif state in _ENDS:
+            yield ts, ""
+
+
+def _spans(marks: list[Mark], last: int) -> Iterator[tuple[str, int, int]]:
+    """Yield name, start and end of each phase; what begins after the end is left out."""
+    for (start, name), (end, _) in pairwise([*marks, (last, "")]):
+        if not name:
+            return
+        yield name, start, max(start, end)
+
+
+def _discard_ahead(source: Trace, before: int) -> int:
+    """Return when the source began to discard while its guest still ran, 0 if it did not."""
+    sends = source["qemu_savevm_send_postcopy_ram_discard"]["ts_ns"]
+    pings = source["savevm_send_ping"]
+    signs = np.concatenate([sends, pings["ts_ns"][pings["val"] >= _FIRST_DISCARD_PING]])
+    signs = signs[signs < before]
+    if not len(signs):
+        return 0
+    scans = source["migration_bitmap_sync_start"]["ts_ns"]
+    scans = scans[scans <= signs.min()]
+    return int(scans.max() if len(scans) else signs.min())
+
+
+def _transfers(trace: Trace, side: str, page_size: int) -> npt.NDArray[np.int64] | None:
+    """Return what a side sent or received, by time, as (n, 3): ts_ns, bytes, kind; None unknown.
+
+    A requested page that goes alone is in no range, but in an event of its own: the source's say
+    not whether it was zero and count as data, the destination's have a range's stamp when they
+    came in one.
+    """
+    ranges = trace["ram_save_range" if side == "source" else "ram_load_range"]
+    if not len(ranges):
+        return None
+    if side == "source":
+        alone = trace["postcopy_preempt_send_host_page"]
+        kind = np.zeros(len(alone), np.int64)
+    else:
+        placed = trace["postcopy_request_placed"]
+        alone = placed[~np.isin(placed["ts_ns"], ranges["ts_ns"])]
+        kind = alone["kind"]
+    sizes = np.full(len(alone), page_size)
+    moved = np.concatenate(
+        [
+            np.stack([ranges["ts_ns"], ranges["len"], ranges["kind"]], axis=1).astype(np.int64),
+            np.stack([alone["ts_ns"], sizes, kind], axis=1).astype(np.int64),
+        ]
+    )
+    ordered: npt.NDArray[np.int64] = moved[np.argsort(moved[:, 0], kind="stable")]
+    return ordered
+
+
+def _moved(
+    transfers: npt.NDArray[np.int64] | None, start: int, end: int, page_size: int
+) -> tuple[int | None, int | None]:
+    """Return pages and bytes of data within a phase."""
+    if transfers is None:
+        return None, None
+    begin, stop = np.searchsorted(transfers[:, 0], [start, end])
+    some = transfers[begin:stop]
+    return int(some[:, 1].sum()) // page_size, int(some[some[:, 2] == 0, 1].sum())
+
+
+def _dirty_pages(source: Trace, name: str, start: int, end: int) -> int | None:
+    """Return the pages that a round has to send, or that the last scan of another phase found."""
+    rounds, scans = source["ram_save_round"], source["migration_bitmap_sync_end"]
+    if name.startswith("precopy"):
+        return int(rounds["dirty_pages"][rounds["ts_ns"] == start][0])
+    found = scans[(scans["ts_ns"] >= start) & (scans["ts_ns"] < end)]
+    return int(found["dirty_pages"][-1]) if len(found) else None
+
+
+def _first(trace: Trace, event: str) -> int:
+    """Return when an event first occurred, 0 if it did not."""
+    rows = trace[event]
+    return int(rows["ts_ns"].min()) if len(rows) else 0
+
+
+def _state(trace: Trace, state: str) -> int:
+    """Return when a state was first entered, 0 if it was not."""
+    rows = trace["migrate_set_state"]
+    times = rows["ts_ns"][rows["new_state"] == state]
+    return int(times.min()) if len(times) else 0
+
+
+def _last_event(trace: Trace) -> int:
+    """Return when the last event of a trace occurred, 0 if it is empty."""
+    return max((int(rows["ts_ns"].max()) for rows in trace.events.values()), default=0)

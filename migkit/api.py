@@ -1,0 +1,87 @@
+"""The way in for people: run a migration, or steer one by hand, and get a Run to look at."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from migkit.analysis.run import Run
+from migkit.errors import MigkitError, MigrationError
+from migkit.guest.workloads import Workload
+from migkit.migration.session import Session
+from migkit.migration.states import Status
+
+_CANCEL_TIMEOUT_S = 5.0
+
+Progress = Callable[[dict[str, Any]], None]
+
+
+class Migration(Session):
+    """A migration steered by hand.
+
+    ``with Migration(workload="hotset", memory="1GiB") as m: m.start(); m.start_postcopy();
+    run = m.wait()``. Takes what :class:`~migkit.migration.session.Session` takes. When the block
+    ends every process is ended, also the guest; the run folder stays.
+    """
+
+    def wait(
+        self, timeout_s: float = 600.0, *, progress: Progress | None = None, check: bool = True
+    ) -> Run:
+        """Wait for the end, save everything, return the run.
+
+        Ctrl-C cancels the migration where that is still possible, and saves what there is.
+
+        Raises :class:`MigrationError` when it failed, unless ``check`` is false, and
+        :class:`TimeoutError` when it took longer; what was recorded is saved in both cases.
+        """
+        try:
+            status = self.await_end(timeout_s, progress)
+        except KeyboardInterrupt:
+            with contextlib.suppress(MigkitError, TimeoutError):
+                self.cancel()
+                self.await_end(_CANCEL_TIMEOUT_S)
+            self.record()
+            raise
+        except BaseException:
+            self.record()
+            raise
+        folder = self.record()
+        run = Run.load(folder.path)
+        run.write_tables()
+        if check and status not in (Status.COMPLETED, Status.CANCELLED):
+            reasons = "; ".join(self.errors) or "no reason was given"
+            raise MigrationError(f"{status}: {reasons}. What was recorded is in {folder.path}")
+        return run
+
+
+def run(
+    workload: str | type[Workload] = "random",
+    memory: str | int = "256MiB",
+    *,
+    path: str | os.PathLike[str] | None = None,
+    params: Mapping[str, float] | None = None,
+    verify: bool = False,
+    progress: Progress | None = None,
+    timeout_s: float = 600.0,
+    **options: Any,
+) -> Run:
+    """Run one migration from beginning to end and return it.
+
+    Post-copy starts after one round of pre-copy unless ``postcopy`` says otherwise; all other
+    options are those of :class:`~migkit.migration.options.Options`. ``verify`` compares the
+    migrated guest, bit for bit, with one that was never migrated.
+
+    Raises :class:`MigrationError` when the migration or the comparison failed.
+    """
+    options.setdefault("postcopy", "1 round")
+    with Migration(workload, memory, path=path, params=params, **options) as migration:
+        migration.start()
+        result = migration.wait(timeout_s, progress=progress)
+        if verify and not (verdict := migration.verify()):
+            raise MigrationError(f"the migrated guest is not what it was: {verdict}")
+    return result
+
+
+load = Run.load

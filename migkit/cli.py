@@ -1,0 +1,220 @@
+"""The command line: ``migkit run``, ``migkit show``, ``migkit doctor``. Only here is printed."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from migkit.errors import MigkitError, OptionError
+from migkit.guest.workloads import WORKLOADS
+from migkit.migration.options import Options
+
+if TYPE_CHECKING:
+    from migkit.analysis.run import Run
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; return 0, 1 when something failed, 2 when the call was wrong."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        code: int = options.command(options)
+    except OptionError as error:
+        print(f"migkit: {error}", file=sys.stderr)
+        return 2
+    except (MigkitError, TimeoutError) as error:
+        print(f"migkit: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("migkit: interrupted; what was recorded is in the run folder", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 0
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="migkit",
+        description="Runs a real post-copy live migration and shows where every page, every "
+        "fault and every microsecond went.",
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="migrate a guest and record it")
+    run.add_argument("--workload", default="random", help="one of " + ", ".join(WORKLOADS))
+    run.add_argument(
+        "--param", action="append", default=[], metavar="NAME=NUMBER", help="for the workload"
+    )
+    run.add_argument("--path", help="the run folder; default: a new one in runs/")
+    run.add_argument(
+        "--verify", action="store_true", help="compare the guest with one never migrated"
+    )
+    run.add_argument("--timeout", type=float, default=600.0, metavar="S", help="give up after S")
+    for field in dataclasses.fields(Options):
+        _add_option(run, field)
+    run.set_defaults(command=_run)
+
+    show = commands.add_parser("show", help="summarise a recorded run, or draw it")
+    show.add_argument("run", help="a run folder")
+    show.add_argument("--png", type=Path, metavar="FILE", help="write a plot to FILE")
+    show.add_argument(
+        "--plot", choices=("timeline", "fault_latency", "fault_stages"), default="timeline"
+    )
+    show.add_argument(
+        "--log", choices=("source", "destination"), help="print a side's trace as QEMU logs it"
+    )
+    show.set_defaults(command=_show)
+
+    doctor = commands.add_parser("doctor", help="try out what this machine can do")
+    doctor.set_defaults(command=_doctor)
+    for command in (run, show, doctor):
+        command.add_argument("--json", action="store_true", help="print JSON, nothing else")
+    return parser
+
+
+def _add_option(parser: argparse.ArgumentParser, field: dataclasses.Field[Any]) -> None:
+    default = "1 round" if field.name == "postcopy" else field.default
+    if isinstance(default, tuple):
+        default = ",".join(default)
+    elif isinstance(default, bool):
+        default = "on" if default else "off"
+    text = field.metadata["help"]
+    if field.metadata["qemu"]:
+        text += f" [QEMU: {field.metadata['qemu']}]"
+    parser.add_argument(
+        "--" + field.name.replace("_", "-"),
+        default=None,
+        metavar="|".join(field.metadata["choices"]) or str(default or "").upper()[:12] or "VALUE",
+        help=f"{text} (default: {default or 'none'})".replace("%", "%%"),
+    )
+
+
+def _run(options: argparse.Namespace) -> int:
+    from migkit import api  # noqa: PLC0415 — pandas takes half a second, doctor needs none
+
+    values = {field.name: getattr(options, field.name) for field in dataclasses.fields(Options)}
+    given = {name: value for name, value in values.items() if value is not None}
+    with _ProgressBar(quiet=options.json) as bar:
+        run = api.run(
+            options.workload,
+            path=options.path,
+            params=_params(options.param),
+            verify=options.verify,
+            progress=bar.update,
+            timeout_s=options.timeout,
+            **given,
+        )
+    _print_figures(run, as_json=options.json)
+    if options.verify and not options.json:
+        print("Verified: RAM and CPU state are, bit for bit, those of an unmigrated guest.")
+    return 0
+
+
+def _show(options: argparse.Namespace) -> int:
+    from migkit import api  # noqa: PLC0415
+
+    run = api.load(options.run)
+    if options.png:
+        figure = getattr(run.plot, options.plot)()
+        try:
+            figure.savefig(options.png, format="png", dpi=120)
+        except OSError as error:
+            raise OptionError(f"--png {options.png}: {error.strerror}") from error
+    if options.log:
+        _print_log(run, options.log, as_json=options.json)
+        return 0
+    _print_figures(run, as_json=options.json)
+    return 0
+
+
+def _print_log(run: Run, side: str, *, as_json: bool) -> None:
+    """Print a side's trace events, one a line, in order of time."""
+    if as_json:
+        events = run.events[run.events["process"] == side]
+        print(events.to_json(orient="records"))
+        return
+    from migkit.trace.folder import RunFolder  # noqa: PLC0415
+    from migkit.trace.logformat import format_log  # noqa: PLC0415
+    from migkit.trace.simpletrace import read  # noqa: PLC0415
+
+    for line in format_log(read(RunFolder(run.path).trace(side))):
+        print(line)
+
+
+def _print_figures(run: Run, *, as_json: bool) -> None:
+    """Print the figures of a run, and where it is."""
+    summary = run.summary()
+    if as_json:
+        print(json.dumps({"path": str(run.path), **summary.to_dict()}))
+    else:
+        print(f"{summary}\n{'run folder':<13}{run.path}")
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from migkit.kernel.capability import kernel_checks  # noqa: PLC0415
+    from migkit.probe.capability import available  # noqa: PLC0415
+
+    groups = {"migration": kernel_checks(), "eBPF probe": available().checks}
+    usable = {name: all(c.ok or not c.required for c in checks) for name, checks in groups.items()}
+    if options.json:
+        checks = {name: [dataclasses.asdict(c) for c in found] for name, found in groups.items()}
+        print(json.dumps({"usable": usable, "checks": checks}))
+    else:
+        for name, found in groups.items():
+            print(f"{name}: {'ready' if usable[name] else 'NOT READY'}")
+            for check in found:
+                mark = "ok  " if check.ok else ("MISS" if check.required else "none")
+                print(f"  {mark} {check.name}: {check.outcome}")
+                if not check.ok:
+                    print(f"       remedy: {check.remedy}")
+        if not usable["eBPF probe"]:
+            print("Without the probe migrations run; the kernel's stages of faults are missing.")
+    return 0 if usable["migration"] else 1
+
+
+def _params(pairs: Sequence[str]) -> dict[str, float]:
+    params: dict[str, float] = {}
+    for pair in pairs:
+        name, _, value = pair.partition("=")
+        try:
+            params[name] = float(value)
+        except ValueError:
+            raise OptionError(f"--param {pair!r}: write NAME=NUMBER") from None
+    return params
+
+
+class _ProgressBar:
+    """Pages that have arrived, the state and the faults, on stderr while a migration runs."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        from tqdm import tqdm  # noqa: PLC0415
+
+        self._bar = tqdm(
+            unit="page", unit_scale=True, disable=quiet or None, leave=False, dynamic_ncols=True
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def update(self, now: dict[str, Any]) -> None:
+        source, destination = now["source"], now["destination"]
+        sent = sum(source[k] for k in ("precopy_pages", "background_pages", "requested_pages"))
+        self._bar.total = sent + source["remaining_pages"]
+        self._bar.n = sent
+        self._bar.set_description(
+            f"{now['status']}, round {source['round']}, {destination['faults']} faults"
+        )
+        self._bar.refresh()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

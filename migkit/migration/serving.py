@@ -1,0 +1,226 @@
+"""Serving faults: read them, request their pages, place what comes, wake who waits.
+
+This is QEMU's fault thread and its place_page. Each function here stands between a guest and its
+page, so the way of the common case (one fault, one page of 4 KiB) is as short as it can be
+written, and whatever can wait until the page is on its way is done after that.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+from migkit.errors import MigrationError
+from migkit.kernel.userfaultfd import EventType
+from migkit.migration import return_path, wire
+from migkit.migration.engine import GuestParts
+from migkit.migration.framing import runs_of
+from migkit.migration.loop import Loop
+from migkit.migration.placing import HostPages, Placer, record_address
+from migkit.migration.records import Page, Pages
+from migkit.migration.return_path import Message
+from migkit.migration.stats import Counter
+from migkit.migration.wire import TARGET_PAGE
+from migkit.trace.emit import Tracer
+
+MAIN, PREEMPT = 0, 1  # channels, as QEMU numbers them
+
+_PAGE_FAULT = int(EventType.PAGEFAULT)
+_REQ_PAGES = int(Message.REQ_PAGES)
+_PAGE, _ZERO_FLAG = int(wire.RamFlag.PAGE), int(wire.RamFlag.ZERO)
+_MOST_NOTED = 1024  # faults that are accounted for at once, at the latest
+
+Numbers = npt.NDArray[np.int64]
+Column = Numbers | int
+Runs = list[tuple[int, int]]  # first page, how many
+
+
+class FaultServer:
+    """Answers the faults of one guest with what the channels bring."""
+
+    def __init__(
+        self,
+        guest: GuestParts,
+        placer: Placer,
+        counters: memoryview,
+        trace: Tracer,
+        loop: Loop,
+        send: Callable[[bytes], None],
+    ) -> None:
+        """Take the parts; ``send`` puts a message on the return path."""
+        self._send = send
+        self._loop = loop
+        self._uffd = guest.uffd
+        self._base = guest.address
+        self._size = guest.ram.page_size
+        self._name = guest.ram.name
+        self._placer = placer
+        self._counters = counters
+        self._trace = trace
+        self._unnamed: str | None = guest.ram.name  # until the first request has named the block
+        self._requested_mask = np.zeros(guest.ram.n_pages, np.bool_)
+        # The same bits, faster for one at a time.
+        self.requested = self._requested_mask.data
+        self._received = placer.received.data
+        self.last_fault = 0.0  # time.monotonic()
+        self._faults: list[tuple[int, int, int, int]] = []  # page, tid, when read, when asked
+        self._answers: list[tuple[int, int, int, int, int]] = []  # page, times, channel, kind
+        self._under_way = 0
+        self._traces_ranges = trace.on("ram_load_range")
+        self._traces_pages = any(
+            trace.on(name)
+            for name in (
+                "ram_load_postcopy_loop",
+                "postcopy_place_page",
+                "postcopy_place_page_zero",
+            )
+        )
+
+    def read_faults(self) -> None:
+        """Read the faults that wait and request their pages, each page once."""
+        messages = self._uffd.read()
+        read = time.monotonic_ns()
+        base, size, received, requested = self._base, self._size, self._received, self.requested
+        wanted = b""
+        for event, _, address, tid in messages:
+            if event != _PAGE_FAULT:
+                raise MigrationError(f"userfaultfd sent event {event:#x}, which nobody asked for")
+            page = (address - base) // size
+            asked = 0
+            if received[page]:
+                self._answer_here(page)
+            elif not requested[page]:
+                requested[page] = True
+                asked = time.monotonic_ns()
+                wanted += return_path.request_pages(page * size, size, self._unnamed)
+                self._unnamed = None
+            self._faults.append((page, tid, read, asked))
+        if wanted:
+            self._send(wanted)
+        self.last_fault = read / 1e9
+        if len(self._faults) < _MOST_NOTED:
+            self._loop.defer(self.account)
+        else:
+            self.account()
+
+    def _answer_here(self, page: int) -> None:
+        """Answer a fault without the source: the page was received before the fault was read."""
+        self._placer.resolve_here(page)
+        self._counters[Counter.LOCAL_FAULTS] += 1
+        self._trace.postcopy_fault_local(self._name, page * self._size)
+
+    def place_one(self, record: Page) -> None:
+        """Place a lone page of the preempt channel: a guest waits for it."""
+        received = time.monotonic_ns()
+        page = record.offset // TARGET_PAGE
+        self._placer.place_one(page, record.address)
+        placed = time.monotonic_ns()
+        # Where the guest shares our CPU, let it run now and not when our time slice is over.
+        os.sched_yield()
+        self.requested[page] = False
+        self._answers.append((page, received, placed, PREEMPT, 0))
+
+    def place(self, pages: Pages, source: HostPages, channel: int) -> None:
+        """Place a batch of either channel, and note the pages that were waited for."""
+        received = time.monotonic_ns()
+        kind = 1 if pages.address == 0 else 0
+        if source.huge:
+            for page, data in source.assemble(pages):
+                if data is None:
+                    self._placer.place_zero(page, 1)
+                else:
+                    self._placer.place(page, 1, int(data.ctypes.data))
+                kind = 1 if data is None else 0
+                self._note(np.array((page,)), [(page, 1)], received, channel, kind)
+            return
+        numbers = pages.offsets // TARGET_PAGE
+        runs = runs_of(numbers)
+        self._place_runs(runs, pages, source)
+        self._note(numbers, runs, received, channel, kind)
+
+    def _place_runs(self, runs: Runs, pages: Pages, source: HostPages) -> None:
+        """Place a batch run by run: one ioctl each, from where the pages lie in a row."""
+        zero = pages.address == 0
+        stripped = not zero and len(runs) <= len(pages.offsets) // 2
+        if stripped:
+            source.strip(pages)
+        at = 0
+        for first, count in runs:
+            if zero:
+                self._placer.place_zero(first, count)
+            elif stripped:
+                self._placer.place(first, count, source.staging_address + at * TARGET_PAGE)
+            else:
+                # Scattered pages: the kernel takes them from their records as well.
+                for i in range(count):
+                    self._placer.place_one(first + i, record_address(pages, at + i))
+            at += count
+
+    def _note(self, numbers: Numbers, runs: Runs, received: int, channel: int, kind: int) -> None:
+        """Note a batch that was placed, and those pages of it that were waited for."""
+        placed = time.monotonic_ns()
+        waited = numbers[self._requested_mask[numbers]].tolist()
+        for page in waited:
+            self.requested[page] = False
+            self._answers.append((page, received, placed, channel, kind))
+        unasked = len(numbers) - len(waited)
+        self._counters[Counter.BACKGROUND_PAGES] += unasked
+        if kind:
+            self._counters[Counter.ZERO_PAGES] += unasked
+        if self._traces_ranges:
+            for first, count in runs:
+                self._trace.ram_load_range(
+                    self._name, first * self._size, count * self._size, kind, ts=placed
+                )
+        if self._traces_pages and unasked:
+            quiet = np.setdiff1d(numbers, waited) if waited else numbers
+            self._trace_pages(quiet * self._size, channel, kind, received, placed)
+
+    def account(self) -> None:
+        """Count and trace the faults answered since the last time, all at once.
+
+        A guest waits while a fault is served, so this is done when nobody does.
+        """
+        counters, trace, name, size = self._counters, self._trace, self._name, self._size
+        if self._faults:
+            page, tid, read, asked = np.array(self._faults).T
+            self._faults.clear()
+            counters[Counter.FAULTS] += len(page)
+            address = self._base + page * size
+            trace.many(
+                "postcopy_ram_fault_thread_request", address, name, page * size, tid, ts=read
+            )
+            new = asked > 0
+            self._under_way += int(np.count_nonzero(new))
+            under_way = self._under_way
+            trace.many("postcopy_page_req_add", address[new], under_way, ts=asked[new])
+            asked = asked[new]
+            trace.many("migrate_send_rp_message", np.full(len(asked), _REQ_PAGES), 12, ts=asked)
+        if self._answers:
+            page, received, placed, channel, kind = np.array(self._answers).T
+            self._answers.clear()
+            counters[Counter.REQUESTED_PAGES] += len(page)
+            counters[Counter.ZERO_PAGES] += int(kind.sum())
+            self._under_way -= len(page)
+            at = page * size
+            trace.many("postcopy_request_received", name, at, channel, ts=received)
+            trace.many("postcopy_request_placed", name, at, kind, ts=placed)
+            trace.many("postcopy_page_req_del", self._base + at, self._under_way, ts=placed)
+            if self._traces_pages:
+                for zero in (0, 1):
+                    some = kind == zero
+                    self._trace_pages(at[some], channel[some], zero, received[some], placed[some])
+        counters[Counter.OUTSTANDING] = max(self._under_way, 0)
+
+    def _trace_pages(
+        self, offsets: Numbers, channel: Column, kind: int, received: Column, placed: Column
+    ) -> None:
+        """Emit QEMU's events of each page."""
+        trace, flags = self._trace, _ZERO_FLAG if kind else _PAGE
+        trace.many("ram_load_postcopy_loop", channel, offsets, flags, ts=received)
+        event = "postcopy_place_page_zero" if kind else "postcopy_place_page"
+        trace.many(event, self._base + offsets, ts=placed)

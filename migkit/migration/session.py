@@ -1,0 +1,353 @@
+"""A migration session: it starts guests, engines and probe, steers them and records what happens.
+
+The session never carries pages and never maps guest RAM. One thread of it reads the control
+sockets, samples the shared counters and saves the traces; it needs no help of those that it
+watches, so a guest that waits or an engine that was killed is still sampled and saved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, BinaryIO, Self
+
+import numpy as np
+
+from migkit.errors import CapabilityError, MigrationError
+from migkit.guest.config import GuestConfig
+from migkit.guest.handle import GuestProcess
+from migkit.guest.oracle import Verdict, verify
+from migkit.guest.spec import WorkloadSpec
+from migkit.guest.vcpu import Word
+from migkit.guest.workloads import Workload
+from migkit.migration.options import Options
+from migkit.migration.remote import EngineProcess
+from migkit.migration.states import ENDED, Status
+from migkit.migration.stats import Counter
+from migkit.probe.probe import Probe, ProbeResult, Watch
+from migkit.trace.folder import SAMPLES_DTYPE, RunFolder, host_facts
+from migkit.trace.registry import Registry
+
+log = logging.getLogger(__name__)
+
+_SAMPLE_S = 0.02
+_WARM_UP_S = 0.05  # the guest runs a little before it is moved
+_SOURCE, _DESTINATION = "source", "destination"
+_AT_REST = ENDED | {Status.POSTCOPY_PAUSED}
+
+
+class Session:
+    """One migration, steered by hand, recorded in a run folder.
+
+    Use it as a context manager: whatever happens, no process outlives the block.
+    """
+
+    def __init__(
+        self,
+        workload: str | type[Workload] = "random",
+        memory: str | int = "256MiB",
+        *,
+        path: str | os.PathLike[str] | None = None,
+        params: Mapping[str, float] | None = None,
+        **options: Any,
+    ) -> None:
+        """Check everything that can be checked before anything is started.
+
+        ``path`` is the run folder, by default a new one in ``runs/``; ``params`` go to the
+        workload; ``options`` are those of :class:`~migkit.migration.options.Options`.
+        """
+        options.setdefault("postcopy", "manual")
+        self.options = Options.make(memory=memory, **options)
+        self.spec = WorkloadSpec.of(workload, self.options.seed, params)
+        self.events = Registry.load().select(self.options.trace)
+        self.folder = RunFolder.create(path, self.spec.name)
+        self.statuses: list[tuple[int, str, str]] = []
+        self.errors: list[str] = []
+        self.notices: list[str] = []
+        self._sockets: Path | None = None
+        self._open = contextlib.ExitStack()
+        self._samples: list[tuple[int, ...]] = []
+        self._changed = threading.Condition()
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._guests: dict[str, GuestProcess] = {}
+        self._engines: dict[str, EngineProcess] = {}
+        self._probe: Probe | None = None
+        self._probe_result: ProbeResult | None = None
+        self._ending = False
+        self._recorded = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # Steering.
+
+    def start(self) -> None:
+        """Start the guest at the source and begin to migrate it; return once it is under way.
+
+        Raises :class:`CapabilityError` when the machine lacks something.
+        """
+        if self._thread:
+            raise MigrationError("this migration was started before; make a new one")
+        try:
+            self._start()
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self) -> None:
+        self._sockets = Path(tempfile.mkdtemp(prefix="migkit-"))
+        cpus = self.options.cpu_list()
+        for role, populate, cpu in ((_SOURCE, True, cpus[0]), (_DESTINATION, False, cpus[3])):
+            config = GuestConfig(
+                self.spec, self.options.memory, self.options.page_size, self.options.rate,
+                populate=populate, cpu=cpu,
+            )  # fmt: skip
+            self._guests[role] = GuestProcess(config, self.folder.log(f"guest-{role}"))
+        for role in (_SOURCE, _DESTINATION):
+            self._engines[role] = EngineProcess(role, self.folder.log(role), self._on_event)
+        self._thread = threading.Thread(target=self._watch, name="migkit-session", daemon=True)
+        for guest in self._guests.values():
+            guest.ready()
+        if self._guests[_DESTINATION].info.user_mode_only:
+            self.notices.append(
+                "without root a guest's own system calls cannot wait for a page (EFAULT)"
+            )
+        self._thread.start()
+        identity = self.spec.identity
+        for role, engine in self._engines.items():
+            file: BinaryIO = self._open.enter_context(self.folder.trace(role).open("wb"))
+            engine.attach(self._guests[role], identity, self.options, self.events, file)
+        self._start_probe()
+        uri = (
+            f"unix:{self._sockets}/main" if self.options.transport == "unix" else "tcp:127.0.0.1:0"
+        )
+        uri = self._engines[_DESTINATION].execute("migrate-incoming", uri=uri)["uri"]
+        self._guests[_SOURCE].vcpu.start()
+        time.sleep(_WARM_UP_S)
+        self._engines[_SOURCE].execute("migrate", uri=uri)
+
+    def start_postcopy(self) -> None:
+        """Switch to post-copy now (``migrate-start-postcopy``)."""
+        self._engine(_SOURCE).execute("migrate-start-postcopy")
+
+    def cancel(self) -> None:
+        """Give up before the switchover (``migrate_cancel``): the source guest runs on."""
+        self._engine(_SOURCE).execute("migrate_cancel")
+
+    @property
+    def status(self) -> Status:
+        """The source's state, QMP's MigrationStatus."""
+        return self._status(_SOURCE)
+
+    def query(self) -> dict[str, Any]:
+        """Return the state and the counters so far, as ``query-migrate`` would."""
+        result: dict[str, Any] = {"status": self.status.value, "errors": list(self.errors)}
+        for role, engine in self._engines.items():
+            result[role] = {c.name.lower(): engine.counters.words[c] for c in Counter}
+            result[role]["status"] = self._status(role).value
+            result[role]["step"] = self._step(role)
+        return result
+
+    def await_end(
+        self, timeout_s: float = 600.0, progress: Callable[[dict[str, Any]], None] | None = None
+    ) -> Status:
+        """Wait until both sides are at rest; return the source's state.
+
+        ``progress`` is called ten times a second with what :meth:`query` returns.
+        Raises :class:`TimeoutError`; the migration goes on then.
+        """
+        deadline = time.monotonic() + timeout_s
+        while True:
+            with self._changed:
+                at_rest = self._at_rest() or self._changed.wait_for(self._at_rest, 0.1)
+            if progress:
+                progress(self.query())
+            if at_rest:
+                return self.status
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"the migration is still {self.status} after {timeout_s} s")
+
+    def verify(self) -> Verdict:
+        """Stop the guest where it runs and compare it with one that was never migrated."""
+        self._engine(_SOURCE)
+        role = _DESTINATION if self._status(_DESTINATION) == Status.COMPLETED else _SOURCE
+        return verify(self._guests[role])
+
+    # Recording.
+
+    def record(self) -> RunFolder:
+        """End the engines and the probe and write the run folder; the guests live on."""
+        if self._recorded:
+            return self.folder
+        self._ending = True
+        try:
+            for engine in self._engines.values():
+                engine.quit()
+            if self._probe:
+                self._probe_result = self._probe.stop()
+                self.notices.extend(self._probe_result.status.notices)
+        finally:  # also when Ctrl-C comes in the middle of it
+            self._end_watching()
+            self._open.close()
+            if self._probe_result is not None:
+                self.folder.save_probe(self._probe_result.records)
+            self.folder.save_samples(np.array(self._samples, SAMPLES_DTYPE))
+            self.folder.save_meta(self._meta())
+            self._recorded = True
+        return self.folder
+
+    def _meta(self) -> dict[str, Any]:
+        guests = {
+            role: {
+                "pid": guest.pid,
+                "address": guest.info.address,
+                "step": guest.vcpu.words[Word.STEP],
+            }
+            for role, guest in self._guests.items()
+            if guest.is_ready
+        }
+        engines = {role: engine.child.pid for role, engine in self._engines.items()}
+        probe = self._probe_result
+        return {
+            "status": self.status.value,
+            "destination_status": self._status(_DESTINATION).value,
+            "workload": {
+                "name": self.spec.name,
+                "seed": self.spec.seed,
+                "params": dict(self.spec.params),
+            },
+            "options": self.options.as_dict(),
+            "block": "pc.ram",
+            "guests": guests,
+            "engines": engines,
+            "events": sorted(self.events),
+            "statuses": self.statuses,
+            "errors": self.errors,
+            "notices": self.notices,
+            "counters": self.query() if self._engines else {},
+            "probe": {
+                "attached": probe is not None,
+                "lost": probe.lost if probe else 0,
+                **(asdict(probe.status) if probe else {}),
+            },
+            **host_facts(),
+        }
+
+    def close(self) -> None:
+        """End every process, save what was recorded, leave no file behind but the run folder."""
+        if self._thread or self._engines:
+            try:
+                self.record()
+            except OSError:
+                log.exception("the run folder %s could not be completed", self.folder.path)
+        self._end_watching()
+        for engine in self._engines.values():
+            engine.close()
+        for guest in self._guests.values():
+            guest.close()
+        self._engines, self._guests = {}, {}
+        self._open.close()
+        if self._sockets:
+            shutil.rmtree(self._sockets, ignore_errors=True)
+
+    # What the watching thread does.
+
+    def _watch(self) -> None:
+        poller = select.poll()
+        sources = {engine.control.fileno(): engine for engine in self._engines.values()}
+        for fd in sources:
+            poller.register(fd, select.POLLIN)
+        next_sample = time.monotonic()
+        while not self._stop.is_set():
+            wait = max(0.0, next_sample - time.monotonic())
+            for fd, _ in poller.poll(wait * 1000):
+                sources[fd].read()
+                if sources[fd].gone:
+                    poller.unregister(fd)
+                    self._on_death(sources[fd])
+            if time.monotonic() >= next_sample:
+                next_sample += _SAMPLE_S
+                self._sample()
+
+    def _sample(self) -> None:
+        rows = [self._engines[role].counters.words for role in (_SOURCE, _DESTINATION)]
+        steps = [self._step(role) for role in (_SOURCE, _DESTINATION)]
+        self._samples.append(
+            (time.monotonic_ns(), *steps, *(row[c] for row in rows for c in Counter))
+        )
+        for engine in self._engines.values():
+            engine.drain()
+
+    def _step(self, role: str) -> int:
+        guest = self._guests[role]
+        return guest.vcpu.words[Word.STEP] if guest.is_ready else 0
+
+    def _end_watching(self) -> None:
+        if self._thread and self._thread.is_alive():
+            self._stop.set()
+            self._thread.join(10.0)
+            self._sample()
+
+    def _on_event(self, role: str, message: dict[str, Any]) -> None:
+        data = message.get("data", {})
+        with self._changed:
+            if message["event"] == "MIGRATION":
+                self.statuses.append((message["ts_ns"], role, data["status"]))
+            elif message["event"] == "ERROR":
+                self.errors.append(f"{role}: {data['desc']}")
+            self._changed.notify_all()
+
+    def _on_death(self, engine: EngineProcess) -> None:
+        with self._changed:
+            if not self._ending:
+                self.errors.append(f"{engine.role}: the process died: {engine.child.last_words()}")
+            self._changed.notify_all()
+
+    def _at_rest(self) -> bool:
+        source, destination = self._engine(_SOURCE), self._engine(_DESTINATION)
+        if source.gone or destination.gone:
+            return True
+        if self.status not in _AT_REST:
+            return False
+        # A source that failed early leaves a destination that no one has spoken to.
+        return self._status(_DESTINATION) in _AT_REST | {Status.NONE, Status.SETUP}
+
+    def _status(self, role: str) -> Status:
+        for _, who, status in reversed(self.statuses):
+            if who == role:
+                return Status(status)
+        return Status.NONE
+
+    # The probe.
+
+    def _start_probe(self) -> None:
+        if self.options.probe == "off":
+            return
+        guest = self._guests[_DESTINATION]
+        probe = Probe([Watch(guest.pid, guest.info.address, guest.ram.size)])
+        try:
+            probe.start()
+        except CapabilityError as error:
+            if self.options.probe == "on":
+                raise
+            self.notices.append(f"no eBPF probe, the kernel's stages are missing: {error}")
+        else:
+            self._probe = probe
+
+    def _engine(self, role: str) -> EngineProcess:
+        if role not in self._engines:
+            raise MigrationError("this migration has not been started, or is closed")
+        return self._engines[role]

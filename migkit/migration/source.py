@@ -1,0 +1,437 @@
+"""The source of a migration: set-up, pre-copy, switchover, post-copy, the end.
+
+The guest runs here until the switchover; whatever fails before that is a failure of the
+migration and not of the guest, which runs on. From the moment at which the package with its CPU
+state is sent the guest never runs here again.
+"""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import numpy.typing as npt
+
+from migkit.errors import MigrationError, ProtocolError
+from migkit.guest.vcpu import Word
+from migkit.migration import states, wire
+from migkit.migration.channel import RateLimiter
+from migkit.migration.control import ControlSocket
+from migkit.migration.dirty import DirtyLog, mark
+from migkit.migration.engine import Attachment, Engine
+from migkit.migration.framing import Indices, runs_of
+from migkit.migration.outbound import CPU_SECTION, RAM_SECTION, Outbound
+from migkit.migration.policy import Convergence
+from migkit.migration.return_path import Incoming, Message, PageRequest, Value
+from migkit.migration.states import Status
+from migkit.migration.stats import Counter
+from migkit.migration.supply import PageSupply
+from migkit.migration.wire import Command
+
+# Discards are sent ahead while the guest still runs, until this few pages are new at once.
+_FEW_DISCARDS = 64
+_MOST_DISCARD_ROUNDS = 8
+
+
+class Cancelled(Exception):  # noqa: N818 — not an error: somebody wished it
+    """``migrate_cancel`` came before the switchover."""
+
+
+class Source(Engine):
+    """The migration thread of the source."""
+
+    transitions = states.SOURCE
+
+    def __init__(self, control: ControlSocket, attachment: Attachment) -> None:
+        """Stand ready; ``migrate`` begins."""
+        super().__init__(control, attachment)
+        self.commands |= {
+            "migrate": self.later(self.migrate),
+            "migrate-start-postcopy": self.start_postcopy,
+            "migrate_cancel": self.cancel,
+        }
+        self.pongs: set[int] = set()
+        self.rp_error: int | None = None
+        self.postcopy_asked = False
+        self.cancel_asked = False
+        self.committed = False
+
+    # Commands.
+
+    def start_postcopy(self) -> None:
+        """Switch to post-copy as soon as may be (``migrate-start-postcopy``)."""
+        if not self.options.postcopy_ram:
+            raise MigrationError("post-copy is off: run with postcopy='manual' to start it by hand")
+        self.postcopy_asked = True
+
+    def cancel(self) -> None:
+        """Give up before the switchover (``migrate_cancel``)."""
+        if self.committed:
+            raise MigrationError(
+                f"a migration in {self.state.status} cannot be cancelled: the guest runs at the "
+                "destination, part of its memory is still here"
+            )
+        self.cancel_asked = True
+
+    def migrate(self, uri: str) -> None:
+        """Move the guest to whoever listens at ``uri``, to the end."""
+        self.state.set(Status.NONE, Status.SETUP)
+        self.log: DirtyLog | None = None
+        self.out: Outbound | None = None
+        self.supply: PageSupply | None = None
+        try:
+            self._run(uri)
+        except Cancelled:
+            self._cancelled()
+        except (OSError, ProtocolError, MigrationError) as error:
+            self._failed(error)
+        finally:
+            if self.supply:
+                self.supply.account()
+            if self.log:
+                self.log.stop()
+            if self.out:
+                self.out.close()
+            self.trace.migration_thread_after_loop()
+
+    def _run(self, uri: str) -> None:
+        self._setup(uri)
+        if self._precopy():
+            self._switch_to_postcopy()
+            self._background_until_low()
+        self._complete()
+
+    # Set-up and pre-copy.
+
+    def _setup(self, uri: str) -> None:
+        trace, options = self.trace, self.options
+        preempt = options.postcopy_preempt and options.postcopy_ram
+        self.out = out = Outbound(
+            uri, self.ram, trace, preempt=preempt, on_message=self._on_message
+        )
+        out.loop.watch(self.control.fileno(), self.read_control, rank=2)
+        out.loop.watch(self.guest.pidfd, self._guest_died, rank=3)
+        trace.savevm_state_header()
+        out.raw(wire.header() + wire.configuration(self.guest.identity))
+        if options.uses_return_path:
+            trace.open_return_path_on_source()
+            trace.source_return_path_thread_entry()
+            trace.open_return_path_on_source_continue()
+            trace.savevm_send_open_return_path()
+            out.command(Command.OPEN_RETURN_PATH)
+            out.ping(wire.PING_RETURN_PATH)
+        if options.postcopy_ram:
+            trace.qemu_savevm_send_postcopy_advise()
+            layout = self.guest.layout
+            out.command(Command.POSTCOPY_ADVISE, wire.advise(layout.page_size)[5:])
+        trace.savevm_state_setup()
+        self.log = DirtyLog(self.guest)
+        self.log.start()
+        self.supply = PageSupply(self.ram, out, self.counters, trace)
+        self.ram.map_present()
+        trace.savevm_section_start("ram", RAM_SECTION)
+        out.raw(
+            wire.section_start(RAM_SECTION, "ram", wire.RAM_VERSION)
+            + wire.ram_setup([self.guest.layout], postcopy=options.postcopy_ram)
+            + wire.section_footer(RAM_SECTION)
+        )
+        trace.savevm_section_end("ram", RAM_SECTION, 0)
+        out.drain()
+        if options.uses_return_path:
+            # The destination answers when it has compared everything with what it has.
+            out.wait_for(lambda: wire.PING_RETURN_PATH in self.pongs, "the first PONG")
+        self.state.set(Status.SETUP, Status.ACTIVE)
+        trace.migration_thread_setup_complete()
+
+    def _precopy(self) -> bool:
+        """Send dirty pages, round after round; return whether post-copy is to begin."""
+        options, pages = self.options, self._pages
+        limiter = RateLimiter(options.max_bandwidth)
+        convergence = Convergence(options, self.ram.page_size)
+        while True:
+            convergence.round_begins(pages.count_dirty())
+            self.counters[Counter.ROUND] = convergence.rounds + 1
+            self.trace.ram_save_round(convergence.rounds + 1, convergence.pages)
+            for batch in self._batches(np.flatnonzero(pages.dirty)):
+                self._wait_for_turn(limiter)
+                if self._postcopy_due(convergence):
+                    return True
+                pages.send(batch, limiter, Counter.PRECOPY_PAGES)
+                pages.at_destination[batch] = True
+            self._out.drain()
+            new = self._sync()
+            convergence.round_ends(new, self._out.main.sent_bytes)
+            self.counters[Counter.BANDWIDTH] = int(convergence.bandwidth)
+            self._check_cancel()
+            if self._postcopy_due(convergence):
+                return True
+            if convergence.pending <= convergence.threshold:
+                return False
+
+    def _batches(self, pages: Indices) -> list[Indices]:
+        size = self._out.batch_pages
+        return [pages[at : at + size] for at in range(0, len(pages), size)]
+
+    def _wait_for_turn(self, limiter: RateLimiter) -> None:
+        """Serve the loop until the last batch is out and the limiter lets the next one go."""
+        out = self._out
+        self._check_cancel()
+        out.loop.turn(0)
+        while out.main.pending:
+            out.loop.turn(1.0)
+        wait = limiter.wait_s()
+        if wait > 0:
+            self.trace.migration_rate_limit_pre(int(wait * 1000))
+            end = time.monotonic() + wait
+            while (left := end - time.monotonic()) > 0:
+                out.loop.turn(left)
+            self.trace.migration_rate_limit_post(0)
+
+    def _postcopy_due(self, convergence: Convergence) -> bool:
+        return self.options.postcopy_ram and (self.postcopy_asked or convergence.postcopy_due())
+
+    def _sync(self) -> int:
+        """Take the dirty log over; return how many pages are dirty now."""
+        self.trace.migration_bitmap_sync_start()
+        runs = self._log.scan()
+        found = mark(self._pages.dirty, runs)
+        mark(self._pages.present, runs)
+        self.counters[Counter.DIRTY_PAGES] = found
+        total = self._pages.count_dirty()
+        self.trace.migration_bitmap_sync_end(found)
+        return total
+
+    # The switchover to post-copy.
+
+    def _switch_to_postcopy(self) -> None:
+        trace, out = self.trace, self._out
+        self._discard_ahead()
+        self.hold_announcements()
+        trace.postcopy_start()
+        self._stop_guest()
+        self._sync()
+        out.command(Command.SWITCHOVER_START)
+        commands = self._discard(self._pages.stale())
+        trace.postcopy_discard_send_finish(self.ram.name, self.ram.n_pages, commands)
+        out.ping(wire.PING_DISCARDS)
+        self.state.set(Status.DEVICE, Status.POSTCOPY_DEVICE)
+        self._check_cancel()
+        self.committed = True
+        self._send_package()
+        trace.postcopy_start_set_run()
+        self._pages.enter_postcopy()
+        out.wait_for(lambda: wire.PING_PACKAGE in self.pongs, "the answer to the package")
+        self.release_announcements()
+        self.state.set(Status.POSTCOPY_DEVICE, Status.POSTCOPY_ACTIVE)
+
+    def _discard_ahead(self) -> None:
+        """Discard while the guest still runs, until little is new: the rest costs downtime."""
+        for ahead in range(_MOST_DISCARD_ROUNDS):
+            self._sync()
+            stale = self._pages.stale()
+            count = int(np.count_nonzero(stale))
+            self._discard(stale)
+            # Only once the destination is through with them is the guest to be stopped.
+            value = 0x100 + ahead
+            self._out.ping(value)
+            self._out.drain()
+            self._out.wait_for(lambda value=value: value in self.pongs, "the discards")  # type: ignore[misc]
+            self._check_cancel()
+            if count <= _FEW_DISCARDS:
+                return
+
+    def _discard(self, stale: npt.NDArray[np.bool_]) -> int:
+        """Have the destination throw pages away; return the number of commands."""
+        size, name, trace, out = self.ram.page_size, self.ram.name, self.trace, self._out
+        runs = runs_of(np.flatnonzero(stale))
+        self._pages.at_destination &= ~stale
+        commands: list[bytes] = []
+        for at in range(0, len(runs), wire.MAX_DISCARDS):
+            some = [
+                (first * size, count * size) for first, count in runs[at : at + wire.MAX_DISCARDS]
+            ]
+            trace.qemu_savevm_send_postcopy_ram_discard(name, 16 * len(some) + 3 + len(name))
+            for start, length in some:
+                trace.postcopy_discard_send_range(name, start // size, length // size)
+            commands.append(wire.discard(name, some))
+        out.raw(b"".join(commands))
+        self.counters[Counter.DISCARDED_PAGES] += sum(count for _, count in runs)
+        return len(commands)
+
+    def _stop_guest(self) -> None:
+        vcpu = self.guest.vcpu
+        self._require(self.state.set(Status.ACTIVE, Status.DEVICE))
+        self.trace.runstate_set(9, "running", 7, "finish-migrate")
+        vcpu.stop()
+        stopped = vcpu.words[Word.STOPPED_NS]
+        self.trace.guest_stopped(stopped, vcpu.words[Word.STEP])
+
+    def _send_package(self) -> None:
+        trace, out = self.trace, self._out
+        state = self.guest.vcpu.load_state(self.guest.state_size)
+        trace.savevm_send_postcopy_listen()
+        trace.savevm_send_postcopy_run()
+        blob = (
+            wire.command(Command.POSTCOPY_LISTEN)
+            + wire.device_state(CPU_SECTION, state)
+            + wire.ping(wire.PING_PACKAGE)
+            + wire.command(Command.POSTCOPY_RUN)
+        )
+        trace.qemu_savevm_send_packaged()
+        out.raw(wire.packaged(blob))
+        out.ping(wire.PING_LISTENING)
+
+    # Post-copy.
+
+    def _background_until_low(self) -> None:
+        """Send what is dirty, from the last request on, until little is left."""
+        limiter = RateLimiter(self.options.max_postcopy_bandwidth)
+        begun, before = time.monotonic(), self._out.main.sent_bytes
+        self._limiter = limiter
+        while (batch := self._pages.next_batch()) is not None:
+            pending = self._pages.remaining * self.ram.page_size
+            bandwidth = (self._out.main.sent_bytes - before) / max(time.monotonic() - begun, 0.001)
+            if pending <= bandwidth * self.options.downtime_limit:
+                break
+            self._background(batch)
+
+    def _background(self, batch: Indices) -> None:
+        pages = self._pages
+        pages.cursor = int(batch[-1]) + 1
+        self._wait_for_turn(self._limiter)  # a request moves the cursor behind its page
+        batch = batch[pages.dirty[batch]]  # requests may have taken some
+        if len(batch):
+            pages.send(batch, self._limiter, Counter.BACKGROUND_PAGES)
+
+    # The end: QEMU's migration_completion().
+
+    def _complete(self) -> None:
+        """End the migration from the state that it is in now, and only from that."""
+        trace, out = self.trace, self._out
+        current = self.state.status
+        trace.migration_thread_low_pending(self._pages.count_dirty() * self.ram.page_size)
+        if current == Status.ACTIVE:
+            self._stop_guest()
+            current = Status.DEVICE
+            self._complete_precopy()
+        else:
+            trace.migration_completion_postcopy_end()
+            while (batch := self._pages.next_batch()) is not None:
+                self._background(batch)
+            out.last_section()
+            out.raw(wire.END_OF_STREAM)
+            out.drain()
+            self._pages.account()
+            trace.migration_completion_postcopy_end_after_complete()
+        if self.options.uses_return_path:
+            trace.migration_return_path_end_before()
+            self._await_return_path_close()
+            trace.migration_return_path_end_after(self.rp_error or 0)
+            if self.rp_error:
+                raise MigrationError(
+                    f"the destination reported error {self.rp_error} when it closed the return path"
+                )
+        self._pages.count_bytes()
+        self._require(self.state.set(current, Status.COMPLETED))
+
+    def _complete_precopy(self) -> None:
+        """Send the rest of RAM and the CPU state, the guest standing still, without a limit."""
+        out = self._out
+        self._sync()
+        for batch in self._batches(np.flatnonzero(self._pages.dirty)):
+            self._pages.send(batch, RateLimiter(0), Counter.PRECOPY_PAGES)
+            out.drain()
+        self._check_cancel()
+        self.committed = True
+        out.last_section()
+        state = self.guest.vcpu.load_state(self.guest.state_size)
+        out.raw(wire.device_state(CPU_SECTION, state) + wire.END_OF_STREAM)
+        out.drain()
+
+    def _await_return_path_close(self) -> None:
+        try:
+            self._out.wait_for(lambda: self.rp_error is not None, "SHUT", 60.0)
+        except ConnectionError:
+            self.trace.source_return_path_thread_bad_end()
+            raise
+        self.trace.source_return_path_thread_end()
+
+    # What comes from elsewhere.
+
+    def _on_message(self, message: Incoming) -> None:
+        if isinstance(message, PageRequest):
+            self._pages.serve(message)
+            return
+        match message:
+            case Value(Message.PONG, value):
+                self.trace.source_return_path_thread_pong(value)
+                self.pongs.add(value)
+            case Value(Message.SHUT, error):
+                self.trace.source_return_path_thread_shut(error)
+                self.rp_error = error
+                if error and not self.committed:
+                    raise MigrationError(f"the destination gave up with error {error}")
+            case _:
+                raise ProtocolError(f"the destination sent {message} out of turn")
+
+    def _guest_died(self) -> None:
+        raise MigrationError("the source guest died: " + (self.guest.vcpu.error() or "killed"))
+
+    def _check_cancel(self) -> None:
+        if self.cancel_asked:
+            raise Cancelled
+
+    @staticmethod
+    def _require(done: bool) -> None:
+        if not done:
+            raise Cancelled
+
+    def _cancelled(self) -> None:
+        self.release_announcements()
+        before = self.state.status
+        self.state.set(before, Status.CANCELLING)
+        self._resume_guest()
+        self.state.set(Status.CANCELLING, Status.CANCELLED)
+
+    def _failed(self, error: Exception) -> None:
+        """Say why, and let the guest run on unless it was handed over."""
+        self.release_announcements()
+        self.control.event("ERROR", desc=str(error) or type(error).__name__)
+        trace, before = self.trace, self.state.status
+        stream_error = isinstance(error, OSError)
+        if before == Status.POSTCOPY_ACTIVE and stream_error and self.rp_error is None:
+            self.state.set(before, Status.POSTCOPY_PAUSED)
+        else:
+            if stream_error:
+                (
+                    trace.migration_completion_file_err
+                    if self.committed
+                    else trace.migration_thread_file_err
+                )()
+            self.state.set(before, Status.FAILED)
+        if not self.committed:
+            self._resume_guest()
+
+    def _resume_guest(self) -> None:
+        vcpu = self.guest.vcpu
+        if not vcpu.running:
+            self.trace.runstate_set(7, "finish-migrate", 9, "running")
+            vcpu.start()
+
+    @property
+    def _out(self) -> Outbound:
+        if self.out is None:
+            raise MigrationError("no migration is under way")
+        return self.out
+
+    @property
+    def _pages(self) -> PageSupply:
+        if self.supply is None:
+            raise ProtocolError("a page was requested before the migration was set up")
+        return self.supply
+
+    @property
+    def _log(self) -> DirtyLog:
+        if self.log is None:
+            raise MigrationError("no migration is under way")
+        return self.log

@@ -1,0 +1,125 @@
+"""The states of a migration, in one table.
+
+Rule: everything that affects states and transitions lives in this file. A transition is a
+compare-and-set, QEMU's ``migrate_set_state(old, new)``: when the state is no longer ``old``
+nothing changes and nothing is announced, so that a cancel or an error that came at the same
+moment is never overwritten. A transition that the table lacks is a bug and raises.
+"""
+
+from __future__ import annotations
+
+import enum
+import threading
+from collections.abc import Callable, Mapping
+
+
+class Status(enum.StrEnum):
+    """QMP's MigrationStatus."""
+
+    NONE = "none"
+    SETUP = "setup"
+    CANCELLING = "cancelling"
+    CANCELLED = "cancelled"
+    ACTIVE = "active"
+    PRE_SWITCHOVER = "pre-switchover"
+    DEVICE = "device"
+    POSTCOPY_DEVICE = "postcopy-device"
+    POSTCOPY_ACTIVE = "postcopy-active"
+    POSTCOPY_PAUSED = "postcopy-paused"
+    POSTCOPY_RECOVER_SETUP = "postcopy-recover-setup"
+    POSTCOPY_RECOVER = "postcopy-recover"
+    COMPLETED = "completed"
+    FAILING = "failing"
+    FAILED = "failed"
+
+
+_S = Status
+_BEFORE_POSTCOPY = {_S.CANCELLING, _S.FAILING, _S.FAILED}
+
+SOURCE: Mapping[Status, frozenset[Status]] = {
+    _S.NONE: frozenset({_S.SETUP}),
+    _S.SETUP: frozenset({_S.ACTIVE, *_BEFORE_POSTCOPY}),
+    _S.ACTIVE: frozenset({_S.PRE_SWITCHOVER, _S.DEVICE, _S.COMPLETED, *_BEFORE_POSTCOPY}),
+    _S.PRE_SWITCHOVER: frozenset({_S.DEVICE, *_BEFORE_POSTCOPY}),
+    _S.DEVICE: frozenset({_S.POSTCOPY_DEVICE, _S.COMPLETED, *_BEFORE_POSTCOPY}),
+    _S.POSTCOPY_DEVICE: frozenset({_S.POSTCOPY_ACTIVE, _S.FAILING, _S.FAILED}),
+    _S.POSTCOPY_ACTIVE: frozenset({_S.POSTCOPY_PAUSED, _S.COMPLETED, _S.FAILED}),
+    _S.POSTCOPY_PAUSED: frozenset({_S.POSTCOPY_RECOVER_SETUP, _S.FAILED}),
+    _S.POSTCOPY_RECOVER_SETUP: frozenset({_S.POSTCOPY_RECOVER, _S.POSTCOPY_PAUSED}),
+    _S.POSTCOPY_RECOVER: frozenset({_S.POSTCOPY_ACTIVE, _S.POSTCOPY_PAUSED}),
+    _S.CANCELLING: frozenset({_S.CANCELLED}),
+    _S.FAILING: frozenset({_S.FAILED}),
+    _S.COMPLETED: frozenset({_S.SETUP}),
+    _S.CANCELLED: frozenset({_S.SETUP}),
+    _S.FAILED: frozenset({_S.SETUP}),
+}
+"""The source's transitions, as QEMU 10.2 has them without ``wait-unplug``."""
+
+DESTINATION: Mapping[Status, frozenset[Status]] = {
+    _S.NONE: frozenset({_S.SETUP}),
+    _S.SETUP: frozenset({_S.ACTIVE, _S.FAILED}),
+    _S.ACTIVE: frozenset({_S.POSTCOPY_ACTIVE, _S.COMPLETED, _S.FAILED}),
+    _S.POSTCOPY_ACTIVE: frozenset({_S.POSTCOPY_PAUSED, _S.COMPLETED, _S.FAILED}),
+    _S.POSTCOPY_PAUSED: frozenset({_S.POSTCOPY_RECOVER, _S.FAILED}),
+    _S.POSTCOPY_RECOVER: frozenset({_S.POSTCOPY_ACTIVE, _S.POSTCOPY_PAUSED}),
+    _S.COMPLETED: frozenset(),
+    _S.FAILED: frozenset(),
+}
+"""The destination's transitions."""
+
+ENDED = frozenset({_S.COMPLETED, _S.CANCELLED, _S.FAILED})
+"""States in which nothing moves any more."""
+
+
+class PostcopyState(enum.StrEnum):
+    """How far the destination is with post-copy, QEMU's PostcopyState."""
+
+    NONE = "none"
+    ADVISE = "advise"
+    DISCARD = "discard"
+    LISTENING = "listening"
+    RUNNING = "running"
+    END = "end"
+
+
+POSTCOPY_ORDER: Mapping[PostcopyState, frozenset[PostcopyState]] = {
+    PostcopyState.NONE: frozenset({PostcopyState.ADVISE}),
+    PostcopyState.ADVISE: frozenset({PostcopyState.DISCARD, PostcopyState.LISTENING}),
+    PostcopyState.DISCARD: frozenset({PostcopyState.DISCARD, PostcopyState.LISTENING}),
+    PostcopyState.LISTENING: frozenset({PostcopyState.RUNNING}),
+    PostcopyState.RUNNING: frozenset({PostcopyState.END}),
+    PostcopyState.END: frozenset(),
+}
+"""Which post-copy command may follow which, at the destination."""
+
+
+class StateMachine:
+    """The state of one side; transitions are announced through a callback."""
+
+    def __init__(
+        self, table: Mapping[Status, frozenset[Status]], announce: Callable[[Status], None]
+    ) -> None:
+        """Begin in ``none``. ``announce`` is called after each change, outside the lock."""
+        self._table = table
+        self._announce = announce
+        self._lock = threading.Lock()
+        self._status = Status.NONE
+
+    @property
+    def status(self) -> Status:
+        """The current state."""
+        return self._status
+
+    def set(self, old: Status, new: Status) -> bool:
+        """Go from ``old`` to ``new``; return False, and change nothing, if we are elsewhere.
+
+        Raises :class:`ValueError` for a transition that is not in the table.
+        """
+        if new not in self._table.get(old, ()):
+            raise ValueError(f"there is no transition from {old} to {new}")
+        with self._lock:
+            if self._status != old:
+                return False
+            self._status = new
+        self._announce(new)
+        return True

@@ -1,0 +1,165 @@
+"""Read a trace in QEMU's simpletrace format, ours or QEMU's, into one numpy array per event."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from migkit.errors import MissingEventError, TraceFormatError, close_matches
+from migkit.trace.chase import WORD, chunks, gather
+from migkit.trace.decode import decode, event_dtype
+from migkit.trace.layout import (
+    DROPPED_ID,
+    HEADER,
+    MAX_EVENT_ID,
+    MIN_LENGTH,
+    TYPE_BYTES,
+    dropped_record,
+    header,
+    mapping_record,
+)
+from migkit.trace.registry import Registry
+from migkit.trace.walk import Walk, check_header
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterator
+
+    import numpy.typing as npt
+
+    from migkit.trace.chase import Bytes, Offsets
+
+__all__ = ["Trace", "dropped_record", "header", "mapping_record", "read"]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one trace file holds.
+
+    ``events`` has an array per event that occurs, in the file's order, with the fields ``ts_ns``
+    (u8), ``tid`` (u4), ``seq`` (u8, the record's place in the file) and one per argument: i8 or
+    u8 by its C type, object (str) for a string. An argument that is itself called ``ts_ns``,
+    ``tid`` or ``seq`` has an underscore at its end. Timestamps need not ascend.
+    """
+
+    registry: Registry
+    events: dict[str, npt.NDArray[np.void]] = field(default_factory=dict)
+    n_records: int = 0
+    """Event records in the file, those of unknown events included."""
+    dropped: int = 0
+    """Records that the writer had no room for."""
+    unknown: dict[str, int] = field(default_factory=dict)
+    """How many records there are of each event that the registry lacks."""
+    missing_bytes: int = 0
+    """Bytes at the end that hold no whole record."""
+    warnings: tuple[str, ...] = ()
+
+    def __getitem__(self, name: str) -> npt.NDArray[np.void]:
+        """Return one event's records, none if it did not occur; MissingEventError if unknown."""
+        if name in self.events:
+            return self.events[name]
+        if name in self.registry:
+            return np.zeros(0, event_dtype(self.registry[name]))
+        hint = close_matches(name, self.events)
+        raise MissingEventError(f"the trace has no event {name!r}, nor has the registry; {hint}")
+
+
+def read(source: str | os.PathLike[str] | bytes, registry: Registry | None = None) -> Trace:
+    """Read a trace file, or the bytes of one; the registry is migkit's own by default.
+
+    A trace that is cut off, or whose writer was killed, yields what it holds and says so in
+    ``missing_bytes`` and ``warnings``. Raises TraceFormatError, with the offset, for what cannot
+    be the beginning of a trace.
+    """
+    registry = Registry.load() if registry is None else registry
+    if isinstance(source, bytes):
+        data = np.frombuffer(source, np.uint8)
+    else:
+        data = np.fromfile(Path(source), np.uint8)
+    if data.size < len(header()) and header().startswith(data.tobytes()):
+        text = f"the trace ends after {data.size} bytes, within its header: it holds no records"
+        return Trace(registry, missing_bytes=data.size, warnings=(text,))
+    check_header(data)
+    walk = Walk(data, registry)
+    walk.run()
+    return _sort_by_event(data, walk, registry)
+
+
+def _sort_by_event(data: Bytes, walk: Walk, registry: Registry) -> Trace:
+    """Decode the records that a walk has found, event by event."""
+    offsets = walk.offsets
+    names = list(dict.fromkeys(walk.names.values()))
+    kinds = _kinds(data, offsets, walk.names, names)
+    order = np.argsort(kinds, kind="stable")
+    lasts = np.cumsum(np.bincount(kinds, minlength=len(names) + 1))
+    of_kind = np.split(order, lasts[:-1])
+    events, unknown = {}, {}
+    for name, rows in zip(names, of_kind[:-1], strict=True):
+        if rows.size and name in registry:
+            events[name] = decode(data, registry[name], offsets[rows], rows)
+        elif rows.size:
+            unknown[name] = int(rows.size)
+    lost = of_kind[-1]
+    dropped = _count_dropped(data, offsets[lost])
+    return Trace(
+        registry=registry,
+        events=events,
+        n_records=offsets.size - lost.size,
+        dropped=dropped,
+        unknown=unknown,
+        missing_bytes=walk.missing_bytes,
+        warnings=(*_warnings(dropped, unknown), *walk.warnings),
+    )
+
+
+def _kinds(
+    data: Bytes, offsets: Offsets, names_by_id: dict[int, str], names: list[str]
+) -> npt.NDArray[np.uint16]:
+    """Return for each record its name's index in ``names``, or their number for a dropped one.
+
+    The lower 16 bits of an id are enough to look it up: of the ids that may be mapped none has
+    more, nor the lower bits of DROPPED_ID.
+    """
+    no_kind = np.uint16(0xFFFF)
+    index = {name: kind for kind, name in enumerate(names)}
+    table = np.full(1 << 16, no_kind)
+    for event_id, name in names_by_id.items():
+        table[event_id] = index[name]
+    table[DROPPED_ID & 0xFFFF] = len(names)
+    kinds = np.empty(offsets.size, np.uint16)
+    for chunk in chunks(offsets.size):
+        ids = gather(data, offsets[chunk] + TYPE_BYTES, WORD)
+        kinds[chunk] = table[ids.astype(np.uint16)]
+        bad = (kinds[chunk] == no_kind) | ((ids > MAX_EVENT_ID) & (ids != DROPPED_ID))
+        if bad.any():
+            row = int(np.argmax(bad))
+            raise TraceFormatError(
+                f"offset {offsets[chunk][row] + TYPE_BYTES}: expected an event id that a mapping "
+                f"record names, got {int(ids[row]):#x}"
+            )
+    return kinds
+
+
+def _count_dropped(data: Bytes, offsets: Offsets) -> int:
+    """Add up the counts of dropped records."""
+    lengths = gather(data, offsets, HEADER)["length"]
+    fits = lengths == MIN_LENGTH + 8
+    if not fits.all():
+        row = int(np.argmin(fits))
+        raise TraceFormatError(
+            f"offset {offsets[row] + 24}: expected the length of a record of dropped events, "
+            f"{MIN_LENGTH + 8}, got {lengths[row]}"
+        )
+    return sum(gather(data, offsets + HEADER.itemsize, WORD).tolist())
+
+
+def _warnings(dropped: int, unknown: dict[str, int]) -> Iterator[str]:
+    """Say what is not in the trace, or in it but not understood."""
+    if dropped:
+        yield f"{dropped} records are missing: the trace buffer was full when they came"
+    if unknown:
+        which = ", ".join(f"{name} ({count})" for name, count in sorted(unknown.items()))
+        yield f"the registry lacks these events, their records were skipped: {which}"

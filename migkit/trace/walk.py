@@ -1,0 +1,180 @@
+"""Go through a trace from record to record: in runs where the chase found them, else singly.
+
+All that can be wrong between records is told here. A record that the file's end cuts off is not
+malformed, provided that its length is one that its event can have; nor is a tail of zeros, which
+a writer leaves that was killed after it had set the file's size.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from migkit.errors import TraceFormatError
+from migkit.trace.chase import Candidates, find_candidates, gather
+from migkit.trace.decode import payload_bounds
+from migkit.trace.layout import (
+    DROPPED_ID,
+    FILE_HEADER,
+    HEADER,
+    HEADER_ID,
+    MAGIC,
+    MAPPING,
+    MAPPING_HEADER,
+    MAX_EVENT_ID,
+    MIN_LENGTH,
+    RECORD,
+    RECORD_HEADER,
+    TYPE_BYTES,
+    VERSION,
+)
+
+if TYPE_CHECKING:
+    from migkit.trace.chase import Bytes, Offsets
+    from migkit.trace.registry import Registry
+
+_MAX_NAME = 1024
+
+
+def check_header(data: Bytes) -> None:
+    """Raise TraceFormatError unless the data begins as a trace that we read."""
+    raw = data[: FILE_HEADER.size].tobytes()
+    if len(raw) < FILE_HEADER.size:
+        raise TraceFormatError(f"offset 0: expected a simpletrace header, got {raw.hex()!r}")
+    header_id, magic, version = FILE_HEADER.unpack(raw)
+    if magic == int.from_bytes(MAGIC.to_bytes(8, "little"), "big"):
+        raise TraceFormatError("offset 8: the trace was written in the other byte order")
+    if (header_id, magic) != (HEADER_ID, MAGIC):
+        raise TraceFormatError(
+            f"offset 0: expected a simpletrace header, {HEADER_ID:#x} and {MAGIC:#x}, "
+            f"got {header_id:#x} and {magic:#x}"
+        )
+    if version != VERSION:
+        raise TraceFormatError(
+            f"offset 16: expected version {VERSION}, got version {version}; traces before "
+            "version 4 do not name their events: record with QEMU 2.8 or newer"
+        )
+
+
+class Walk:
+    """One pass over a trace; `run` fills the attributes.
+
+    ``names`` maps event ids to names; ``offsets`` is where the event records begin, those that
+    count dropped ones among them.
+    """
+
+    def __init__(self, data: Bytes, registry: Registry) -> None:
+        self.names: dict[int, str] = {}
+        self.missing_bytes = 0
+        self.warnings: list[str] = []
+        self._data = data
+        self._registry = registry
+        self._offsets: list[Offsets] = []
+
+    @property
+    def offsets(self) -> Offsets:
+        """Where the event records begin."""
+        parts = self._offsets or [np.zeros(0, np.int64)]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def run(self) -> None:
+        """Walk to the end; raises TraceFormatError at the first thing that is no record."""
+        at = FILE_HEADER.size
+        candidates: Candidates | None = None
+        while at < self._data.size:
+            word = self._data[at : at + TYPE_BYTES].tobytes()
+            kind = int.from_bytes(word, sys.byteorder)
+            if len(word) < TYPE_BYTES:
+                at = self._stop(at)
+            elif kind == MAPPING:
+                at = self._take_mapping(at)
+            elif kind == RECORD:
+                if candidates is None:
+                    candidates = find_candidates(self._data, at)
+                at = self._take_run(at, candidates) or self._take_one(at)
+            else:
+                raise TraceFormatError(
+                    f"offset {at}: expected a record's type, {MAPPING} or {RECORD}, got {kind:#x}"
+                )
+
+    def _take_run(self, at: int, candidates: Candidates) -> int:
+        """Take all records from an offset on that the chase linked; return their end, or 0."""
+        run = candidates.run_from(at)
+        if not run.size:
+            return 0
+        self._offsets.append(run)
+        (last,) = gather(self._data, run[-1:], HEADER).tolist()
+        return int(run[-1]) + TYPE_BYTES + int(last[3])
+
+    def _take_one(self, at: int) -> int:
+        """Take the event record at an offset; return its end."""
+        raw = self._data[at : at + HEADER.itemsize].tobytes()
+        if len(raw) < HEADER.itemsize:
+            return self._stop(at)
+        _, event_id, _, length, _ = RECORD_HEADER.unpack(raw)
+        end = int(at + TYPE_BYTES + length)
+        if length < MIN_LENGTH:
+            raise TraceFormatError(
+                f"offset {at + 24}: expected a record's length, {MIN_LENGTH} or more, got {length}"
+            )
+        if end > self._data.size:
+            self._check_cut_off(at, event_id, length)
+            return self._stop(at)
+        self._offsets.append(np.array([at]))
+        return end
+
+    def _check_cut_off(self, at: int, event_id: int, length: int) -> None:
+        """Raise TraceFormatError if the length reaches past the file for another reason."""
+        name = self.names.get(event_id)
+        if name is None and event_id != DROPPED_ID:
+            raise TraceFormatError(f"offset {at}: event id {event_id:#x} has no mapping record")
+        if name is not None and name not in self._registry:
+            return
+        least, most = (8, 8) if name is None else payload_bounds(self._registry[name])
+        if not least <= length - MIN_LENGTH <= most:
+            raise TraceFormatError(
+                f"offset {at}: expected {least} to {most} bytes of arguments for "
+                f"{name or 'dropped records'}, got a length of {length - MIN_LENGTH}, past the "
+                f"end of the trace at {self._data.size}"
+            )
+
+    def _take_mapping(self, at: int) -> int:
+        """Take the mapping record at an offset; return its end."""
+        raw = self._data[at : at + MAPPING_HEADER.size].tobytes()
+        if not any(raw) and not self._data[at:].any():
+            return self._stop(at, zeros=True)
+        if len(raw) < MAPPING_HEADER.size:
+            return self._stop(at)
+        _, event_id, length = MAPPING_HEADER.unpack(raw)
+        begin, end = at + MAPPING_HEADER.size, int(at + MAPPING_HEADER.size + length)
+        if not 1 <= length <= _MAX_NAME:
+            raise TraceFormatError(
+                f"offset {at + 16}: expected the length of an event's name, got {length}"
+            )
+        if event_id > MAX_EVENT_ID:
+            raise TraceFormatError(
+                f"offset {at + 8}: expected an event id up to {MAX_EVENT_ID}, got {event_id:#x}"
+            )
+        if end > self._data.size:
+            return self._stop(at)
+        name = self._data[begin:end].tobytes().decode("ascii", "replace")
+        if not name.isidentifier():
+            raise TraceFormatError(f"offset {begin}: expected an event's name, got {name!r}")
+        if self.names.setdefault(event_id, name) != name:
+            raise TraceFormatError(
+                f"offset {at}: event id {event_id} is mapped to {name}, "
+                f"but was mapped to {self.names[event_id]} before"
+            )
+        return end
+
+    def _stop(self, at: int, *, zeros: bool = False) -> int:
+        """Note that the trace holds nothing more from an offset on; return the trace's end."""
+        self.missing_bytes = self._data.size - at
+        what = "are zeros: the writer ended" if zeros else "hold no whole record: the trace was cut"
+        self.warnings.append(
+            f"the trace was not closed properly: its last {self.missing_bytes} bytes, from offset "
+            f"{at} on, {what} before everything was written"
+        )
+        return self._data.size

@@ -1,0 +1,39 @@
+"""The plots of a run, behind ``run.plot``.
+
+Each returns a matplotlib Figure, shows nothing and keeps nothing: a notebook displays what its
+cell returns, a script calls ``savefig``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from migkit.view.latency import plot_fault_latency, plot_fault_stages
+from migkit.view.timeline import plot_timeline
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from migkit.analysis.run import Run
+
+__all__ = ["Plots", "plot_fault_latency", "plot_fault_stages", "plot_timeline"]
+
+
+class Plots:
+    """A run's plots as methods."""
+
+    def __init__(self, run: Run) -> None:
+        """Take the run."""
+        self._run = run
+
+    def timeline(self) -> Figure:
+        """Draw phases, both guests' progress, transfer and faults over time."""
+        return plot_timeline(self._run)
+
+    def fault_latency(self) -> Figure:
+        """Draw how long the guest waited at each fault, and the distribution."""
+        return plot_fault_latency(self._run)
+
+    def fault_stages(self) -> Figure:
+        """Draw which step of a fault takes how long, at the median and in the tail."""
+        return plot_fault_stages(self._run)

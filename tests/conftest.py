@@ -1,0 +1,43 @@
+"""What several test files share."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+def _inventory():
+    """What a run might leave behind: children, descriptors, shared memory, private folders."""
+    children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+    fds = {}
+    for entry in Path("/proc/self/fd").iterdir():
+        try:
+            fds[entry.name] = str(entry.readlink())
+        except OSError:
+            continue  # the descriptor of this very listing
+    shared = set(os.listdir("/dev/shm"))  # noqa: PTH208 — names are all we need
+    return set(children), fds, shared
+
+
+@pytest.fixture
+def nothing_left():
+    """Fail a test that leaves a child process, a descriptor or a file in /dev/shm behind."""
+    children, fds, shared = _inventory()
+    yield
+    children_after, fds_after, shared_after = _inventory()
+    assert children_after <= children, "a child process was left behind"
+    left = {n: target for n, target in fds_after.items() if n not in fds and "pytest" not in target}
+    assert not left, f"descriptors were left open: {left}"
+    assert shared_after <= shared, "shared memory was left behind"
+
+
+@pytest.fixture(scope="session")
+def huge_pages():
+    """Have some huge pages of 2 MiB for the tests that need them, as root."""
+    setting = Path("/proc/sys/vm/nr_hugepages")
+    before = int(setting.read_text())
+    if os.geteuid() == 0 and before < 300:
+        setting.write_text("300")
+    yield
+    if os.geteuid() == 0:
+        setting.write_text(str(before))
