@@ -35,6 +35,8 @@ class Migration(Session):
 
         Raises :class:`MigrationError` when it failed, unless ``check`` is false, and
         :class:`TimeoutError` when it took longer; what was recorded is saved in both cases.
+        When post-copy was paused, by hand or by a break, :class:`MigrationError` says so and
+        nothing is ended: :meth:`recover`, then wait again.
         """
         try:
             status = self.await_end(timeout_s, progress)
@@ -47,6 +49,11 @@ class Migration(Session):
         except BaseException:
             self.record()
             raise
+        if status == Status.POSTCOPY_PAUSED:
+            breaks = [text for text in self.notices if ": paused: " in text]
+            raise MigrationError(
+                f"{'; '.join(breaks[-2:])}. Both sides keep what they have: recover() goes on"
+            )
         folder = self.record()
         run = Run.load(folder.path)
         run.write_tables()

@@ -169,7 +169,7 @@ def test_the_latency_is_the_sum_of_the_steps_unless_something_was_stamped_after_
     times = waited[[f"{stage}_ns" for stage in schema.STAGES]].astype("float64")
     end = times["running_ns"].fillna(times["placed_ns"])
     last = times.max(axis=1) <= end
-    assert last.mean() >= 0.5
+    assert last.sum() >= len(last) / 2
     steps = waited.loc[last, list(DURATIONS)].sum(axis=1)
     assert np.allclose(steps, waited.loc[last, "latency_us"], rtol=0, atol=0.01)
 

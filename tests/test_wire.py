@@ -856,7 +856,7 @@ SAID = [
     (return_path.pong(3), Value(Message.PONG, 3)),
     (struct.pack(">HHI", 6, 4, 1), Value(Message.RESUME_ACK, 1)),
     (struct.pack(">HH", 7, 0), Value(Message.SWITCHOVER_ACK, 0)),
-    (struct.pack(">HH", 5, 7) + b"\6pc.ram", Bitmap("pc.ram")),
+    (return_path.received_bitmap("pc.ram", bytes(range(24))), Bitmap("pc.ram", bytes(range(24)))),
 ]
 REQUESTS = st.tuples(st.sampled_from(["pc.ram", "vga"]), st.integers(0, 63))
 
@@ -879,7 +879,7 @@ def test_answers_say_the_same_however_they_are_cut(said, cuts):
             data += return_path.request_pages(start, TARGET_PAGE, named)
             expected.append(PageRequest(block, start, TARGET_PAGE))
             last = block
-    assert answers(ReturnPathDecoder(), data, cuts) == expected
+    assert answers(ReturnPathDecoder({"pc.ram": 24}), data, cuts) == expected
 
 
 def answers(decoder, data, cuts=(1 << 20,)):
@@ -904,6 +904,7 @@ def answers(decoder, data, cuts=(1 << 20,)):
         (struct.pack(">HH", 3, 0), ["type 3 of 0 bytes"]),
         (struct.pack(">HH12xB3x", 3, 16, 9), ["type 3 of 16 bytes"]),
         (struct.pack(">HHB", 5, 1, 6), ["type 5 of 1 bytes"]),
+        (struct.pack(">HH", 5, 4) + b"\3vga", ["bitmap of RAM block 'vga'"]),
         (struct.pack(">HHB", 7, 1, 0), ["type 7 of 1 bytes"]),
     ],
 )

@@ -21,6 +21,7 @@ import pandas as pd
 
 from migkit.analysis import schema
 from migkit.analysis.join import Occurrences, fold, kernel_of_messages, take
+from migkit.analysis.outages import outages, overlap_us
 from migkit.analysis.schema import STAGES
 from migkit.probe.records import ErrorCode, FaultFlag
 
@@ -71,7 +72,7 @@ def faults_frame(
     rest = _kernel_rows(kernel, ~matched, guest)
     rows = {name: np.concatenate([users[name], rest[name]]) for name in users}
     capped = _cap_causes(rows)
-    frame = _as_frame(rows, guest)
+    frame = _as_frame(rows, guest, outages(destination))
     frame.attrs["capped"] = capped
     return frame
 
@@ -228,7 +229,7 @@ def _cap_causes(rows: dict[str, Ints]) -> dict[str, int]:
     return {stage: int((rows[stage] != stamps).sum()) for stage, stamps in before.items()}
 
 
-def _as_frame(rows: dict[str, Ints], guest: Guest) -> pd.DataFrame:
+def _as_frame(rows: dict[str, Ints], guest: Guest, paused: Ints) -> pd.DataFrame:
     """Return rows as the table of the schema, in order of time."""
     ts = np.where(rows["fault"] > 0, rows["fault"], rows["read"])
     order = np.lexsort((rows["page"], ts))
@@ -249,6 +250,8 @@ def _as_frame(rows: dict[str, Ints], guest: Guest) -> pd.DataFrame:
     for stage in STAGES:
         data[f"{stage}_ns"] = pd.arrays.IntegerArray(rows[stage], rows[stage] == 0)
     data |= _durations_us(rows)
+    end = np.where(rows["running"] > 0, rows["running"], rows["placed"])
+    data["outage_us"] = overlap_us(ts, end, paused)
     return schema.frame("faults", data)
 
 

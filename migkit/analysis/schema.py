@@ -105,6 +105,9 @@ def _fault_columns() -> dict[str, Column]:
             "float64", "how long the guest waited: running - fault (both), else placed - read, us"
         ),
     }
+    columns["outage_us"] = Column(
+        "float64", "how much of the wait fell into an outage (paused, recovering), us"
+    )
     for stage in STAGES:
         columns[f"{stage}_ns"] = Column("Int64", f"{_STAGE_DOCS[stage]}, ns")
     for stage in STAGES[1:]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import socket
 import sys
 import time
@@ -117,6 +118,7 @@ class Guest:
 
 def main() -> int:
     """Become the guest that the session on the inherited socket describes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the session decides what an interrupt means
     sock = socket.socket(fileno=int(sys.argv[1]))
     config = receive_config(sock)
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import socket
 import sys
 
@@ -22,6 +23,7 @@ _ROLES: dict[str, type[Engine]] = {"source": Source, "destination": Destination}
 
 def main() -> int:
     """Become the engine of the role that the command line names."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the session decides what an interrupt means
     role, control_fd, lifeline_fd = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     lifeline = socket.socket(fileno=lifeline_fd)
     die_with(lifeline)

@@ -9,23 +9,21 @@ from __future__ import annotations
 
 import os
 import select
-import socket
 import struct
-import time
 
 import numpy as np
 
 from migkit.errors import MigkitError, MigrationError, ProtocolError
 from migkit.guest.vcpu import Word
 from migkit.kernel.userfaultfd import Register
-from migkit.migration import channel, return_path, states, wire
-from migkit.migration.channel import Outgoing
+from migkit.migration import bitmap, return_path, states, wire
 from migkit.migration.control import ControlSocket
 from migkit.migration.engine import Attachment, Deadline, Engine
 from migkit.migration.framing import runs_of
+from migkit.migration.inbound import Inbound
 from migkit.migration.loop import Loop
 from migkit.migration.placing import HostPages, Placer
-from migkit.migration.records import RECORD_BYTES, Page, Pages, PreemptDecoder
+from migkit.migration.records import Page, Pages
 from migkit.migration.return_path import Message
 from migkit.migration.serving import MAIN, PREEMPT, FaultServer
 from migkit.migration.states import POSTCOPY_ORDER, PostcopyState, Status
@@ -41,13 +39,9 @@ from migkit.migration.stream import (
     RamSetup,
     SectionBegins,
     SectionEnds,
-    StreamDecoder,
 )
 from migkit.migration.wire import Command
 
-_PIECE_PAGES = 256  # what is read of the stream between two looks at the faults
-_BUSY_PIECE_PAGES = 8  # the same while faults are coming
-_BUSY_S = 0.005
 _SOURCE_TIMEOUT_S = 60.0
 
 
@@ -59,130 +53,149 @@ class Destination(Engine):
     def __init__(self, control: ControlSocket, attachment: Attachment) -> None:
         """Stand ready; ``migrate-incoming`` begins."""
         super().__init__(control, attachment)
-        self.commands["migrate-incoming"] = self.incoming
+        self.commands |= {
+            "migrate-incoming": self.incoming,
+            "migrate-recover": self.recover,
+            "migrate-pause": self.pause,
+        }
         self.placer = Placer(self.guest)
         self.postcopy = PostcopyState.NONE
-        blocks = {self.ram.name: self.guest.layout}
-        self.decoder = StreamDecoder(blocks)
-        self.preempt_decoder = PreemptDecoder(blocks)
+        self.loop = Loop()
+        self.inbound = Inbound(
+            self.loop,
+            self.guest.layout,
+            preempt=self.options.postcopy_preempt and self.options.postcopy_ram,
+            on_connected=self._connected,
+            on_event=self._handle,
+            on_requested=self._place_requested,
+            last_fault=lambda: self.server.last_fault,
+        )
+        self.server = FaultServer(
+            self.guest, self.placer, self.counters, self.trace, self.loop, self.inbound.send
+        )
         self._main_pages = HostPages(self.ram.page_size)
         self._preempt_pages = HostPages(self.ram.page_size)
         self._rp_open = False
         self._guest_seen = False
         self._stream_ended = False
         self._listening = False
+        self._source_due: Deadline | None = None
+        self._broken: Exception | None = None
+        self.loop.watch(control.fileno(), self.read_control, rank=3)
+        self.loop.watch(self.guest.pidfd, self._guest_died, rank=4)
 
-    # Setting up.
+    # Commands.
 
     def incoming(self, uri: str) -> dict[str, str]:
         """Listen at ``uri`` (``migrate-incoming``); return where, and load what comes."""
-        self.listener, uri = channel.listen(uri)
+        uri = self.inbound.listen(uri)
+        self._source_due = Deadline(_SOURCE_TIMEOUT_S)
         self.state.set(Status.NONE, Status.SETUP)
         self.later(self._load)()
         return {"uri": uri}
 
+    def recover(self, uri: str) -> dict[str, str]:
+        """Listen anew at ``uri`` for the source of a paused migration (``migrate-recover``).
+
+        A source that missed the last SHUT is paused though we have completed: it may come again
+        and is told once more.
+        """
+        if self.state.status not in (Status.POSTCOPY_PAUSED, Status.COMPLETED):
+            raise MigrationError(f"only a paused migration can be recovered: {self._here()}")
+        uri = self.inbound.listen(uri)
+        if not self.is_busy:
+            self.later(self._load)()
+        return {"uri": uri}
+
+    def pause(self) -> None:
+        """Break post-copy's channels off (``migrate-pause``); it can be recovered."""
+        if self.state.status != Status.POSTCOPY_ACTIVE:
+            raise MigrationError(f"only post-copy can be paused: {self._here()}")
+        self._broken = ConnectionAbortedError("paused by hand")
+
+    def _here(self) -> str:
+        return f"the destination is {self.state.status}"
+
+    # The loop.
+
     def _load(self) -> None:
-        self.loop = Loop()
-        self.main: Outgoing | None = None
-        self.preempt: socket.socket | None = None
+        """Serve channels and faults until the stream has ended, through every break."""
+        self._stream_ended = False
         try:
-            self._accept()
-            self.state.set(Status.SETUP, Status.ACTIVE)
-            try:
-                self._serve_channels()
-            finally:
-                self.server.account()
+            while not self._ended():
+                try:
+                    self.loop.turn(1.0)
+                    if self._source_due:
+                        self._source_due.check("the source's connection")
+                    if self._broken:
+                        raise self._broken
+                except (OSError, ProtocolError) as error:
+                    self._pause(error)
             self._check_complete()
             self._finish()
         except (OSError, MigkitError) as error:
             self._failed(error)
         finally:
-            self.loop.close()
-            for sock in (self.main and self.main.sock, self.preempt, self.listener):
-                if sock:
-                    sock.close()
-
-    def _accept(self) -> None:
-        """Wait for the source's channels, main first; strangers are turned away."""
-        poller = select.poll()
-        poller.register(self.listener, select.POLLIN)
-        poller.register(self.control, select.POLLIN)
-        deadline = Deadline(_SOURCE_TIMEOUT_S)
-        preempt = self.options.postcopy_preempt and self.options.postcopy_ram
-        while not self.main or (preempt and not self.preempt):
-            for fd, _ in poller.poll(1000):
-                if fd == self.control.fileno():
-                    self.read_control()
-                    continue
-                sock, _ = self.listener.accept()
-                if not channel.is_trusted(sock):
-                    sock.close()
-                    continue
-                channel.tune(sock)
-                if self.main is None:
-                    self.main = Outgoing(sock)
-                else:
-                    self.preempt = sock
-            deadline.check("the source's connection")
-
-    # The loop.
-
-    def _serve_channels(self) -> None:
-        main = self._main
-        loop = self.loop
-        self.server = FaultServer(
-            self.guest, self.placer, self.counters, self.trace, loop, main.send_one
-        )
-        if self.preempt:
-            loop.watch(self.preempt.fileno(), self._read_preempt, rank=1, urgent=True)
-        loop.watch(main.sock.fileno(), self._read_main, rank=2)
-        loop.sends(main)
-        loop.watch(self.control.fileno(), self.read_control, rank=3)
-        loop.watch(self.guest.pidfd, self._guest_died, rank=4)
-        while not self._ended():
-            loop.turn(1.0)
+            self.server.account()
+            self.inbound.close()
 
     def _ended(self) -> bool:
         """Whether both channels have come to their end; either may be first."""
-        waits_for_preempt = self.preempt is not None and self._listening
-        return self._stream_ended and (self.preempt_decoder.ended or not waits_for_preempt)
+        return self._stream_ended and (self.inbound.preempt_ended or not self._listening)
 
-    def _read_main(self) -> None:
-        busy = time.monotonic() - self.server.last_fault < _BUSY_S
-        buffer = self.decoder.buffer
-        self.decoder.most_pages = most = _BUSY_PIECE_PAGES if busy else _PIECE_PAGES
-        room = buffer.room(most * RECORD_BYTES)
-        try:
-            n = self._main.sock.recv_into(room)
-        except BlockingIOError:
-            return
-        if n == 0:
-            raise ConnectionResetError("the source closed the main channel")
-        buffer.tail += n
-        while buffer.head < buffer.tail and (event := self.decoder.next()) is not None:
-            if self._listening:
-                self.loop.glance()
-            self._handle(event)
+    def _connected(self) -> None:
+        self._source_due = None
+        if self.state.status == Status.SETUP:
+            self.state.set(Status.SETUP, Status.ACTIVE)
+        elif self.state.status == Status.POSTCOPY_PAUSED:
+            self.state.set(Status.POSTCOPY_PAUSED, Status.POSTCOPY_RECOVER)
 
-    def _read_preempt(self) -> None:
-        preempt, buffer = self.preempt, self.preempt_decoder.buffer
-        if preempt is None:
-            return
-        try:
-            n = preempt.recv_into(buffer.room(64 << 10))
-        except BlockingIOError:
-            return
-        if n == 0:
-            if self._listening and not self.preempt_decoder.ended:
-                raise ConnectionResetError("the source closed the preempt channel")
-            self.loop.forget(preempt.fileno())
-            return
-        buffer.tail += n
-        while buffer.head < buffer.tail and (event := self.preempt_decoder.next()) is not None:
-            if isinstance(event, Page):
-                self.server.place_one(event)
-            else:
-                self.server.place(event, self._preempt_pages, PREEMPT)
+    # Breaks.
+
+    def _pause(self, error: Exception) -> None:
+        """Keep what has come and wait for a new source; raise the error if we cannot wait.
+
+        The guest runs here, and the other part of its memory is at the source. Faults are read
+        on: those on pages that are here are answered, the others are asked for after the break.
+        """
+        self._broken = None
+        before = self.state.status
+        can_wait = before in (Status.POSTCOPY_ACTIVE, Status.POSTCOPY_RECOVER)
+        if not can_wait or self.postcopy != PostcopyState.RUNNING:
+            raise error
+        self.release_announcements()
+        trace = self.trace
+        trace.postcopy_pause_incoming()
+        trace.postcopy_pause_fault_thread()
+        self.inbound.drop()
+        self.server.asks = False
+        self._main_pages = HostPages(self.ram.page_size)
+        self._preempt_pages = HostPages(self.ram.page_size)
+        self._stream_ended = False
+        self.control.event("PAUSED", desc=str(error) or type(error).__name__)
+        self.state.set(before, Status.POSTCOPY_PAUSED)
+
+    def _send_bitmap(self, data: bytes) -> None:
+        """Tell which pages are here, after a break."""
+        name = data[1:].decode(errors="replace")
+        self.trace.loadvm_handle_recv_bitmap(name)
+        self._check("RAM block of the bitmap", name, self.ram.name)
+        raw = bitmap.encode(self.placer.received, self.guest.layout)
+        self.trace.migrate_send_rp_message(Message.RECV_BITMAP, 1 + len(name))
+        self.inbound.send(return_path.received_bitmap(name, raw))
+
+    def _resume(self) -> None:
+        """Go on after a break: ask again for what is outstanding."""
+        trace = self.trace
+        trace.loadvm_postcopy_handle_resume()
+        if self.state.status != Status.COMPLETED and not self.state.set(
+            Status.POSTCOPY_RECOVER, Status.POSTCOPY_ACTIVE
+        ):
+            raise ProtocolError(f"RESUME out of turn: {self._here()}")
+        trace.postcopy_pause_fault_thread_continued()
+        trace.postcopy_pause_incoming_continued()
+        self._reply(Message.RESUME_ACK, return_path.resume_ack())
+        self.server.ask_again()
 
     # The stream.
 
@@ -207,6 +220,12 @@ class Destination(Engine):
                 self._load_cpu(data)
             case EndOfStream():
                 self._end_of_stream()
+
+    def _place_requested(self, pages: Page | Pages) -> None:
+        if isinstance(pages, Page):
+            self.server.place_one(pages)
+        else:
+            self.server.place(pages, self._preempt_pages, PREEMPT)
 
     def _command(self, command: Command, data: bytes) -> None:
         trace = self.trace
@@ -234,8 +253,10 @@ class Destination(Engine):
                 self._run_guest()
             case Command.SWITCHOVER_START:
                 pass
-            case _:
-                raise ProtocolError(f"command {command.name} out of turn")
+            case Command.RECV_BITMAP:
+                self._send_bitmap(data)
+            case Command.POSTCOPY_RESUME:
+                self._resume()
 
     def _check(self, what: str, theirs: object, ours: object) -> None:
         if theirs != ours:
@@ -295,7 +316,7 @@ class Destination(Engine):
     def _package(self, blob: bytes) -> None:
         self.hold_announcements()
         self.trace.loadvm_handle_cmd_packaged_received(0)
-        for event in self.decoder.nested(blob):
+        for event in self.inbound.decoder.nested(blob):
             self._handle(event)
         self.trace.loadvm_handle_cmd_packaged_main(0)
         self.trace.process_incoming_migration_co_postcopy_end_main()
@@ -316,7 +337,7 @@ class Destination(Engine):
         trace.postcopy_ram_enable_notify()
         self.loop.watch(guest.uffd.fd, self.server.read_faults, rank=0, urgent=True)
         self.state.set(Status.ACTIVE, Status.POSTCOPY_ACTIVE)
-        self._listening = True
+        self._listening = self.inbound.listening = True
         trace.postcopy_ram_listen_thread_start()
 
     def _run_guest(self) -> None:
@@ -343,7 +364,7 @@ class Destination(Engine):
         if not self._rp_open:
             raise ProtocolError(f"{kind.name} is due, but the return path was not opened")
         self.trace.migrate_send_rp_message(kind, len(data) - 4)
-        self._main.send_one(data)
+        self.inbound.send(data)
 
     def _go(self, new: PostcopyState) -> None:
         if new not in POSTCOPY_ORDER[self.postcopy]:
@@ -353,11 +374,13 @@ class Destination(Engine):
     # The end.
 
     def _guest_died(self) -> None:
-        raise MigrationError(
-            "the destination guest died: "
-            + (self.guest.vcpu.error() or "killed")
-            + ("; its memory is lost" if self._listening else "")
-        )
+        reason = self.guest.vcpu.error() or "it was killed"
+        if self._listening:
+            raise MigrationError(
+                "the guest's memory is lost for good: the destination guest died in post-copy "
+                f"({reason})"
+            )
+        raise MigrationError(f"the destination guest died: {reason}")
 
     def _end_of_stream(self) -> None:
         self._stream_ended = True
@@ -368,27 +391,35 @@ class Destination(Engine):
             raise ProtocolError(f"the stream ended with {missing} pages missing")
 
     def _finish(self) -> None:
-        trace = self.trace
-        if self._listening:
-            trace.postcopy_ram_listen_thread_exit()
-            self._go(PostcopyState.END)
-            trace.postcopy_ram_incoming_cleanup_entry()
-            trace.postcopy_ram_incoming_cleanup_join()
-            trace.postcopy_ram_fault_thread_quit()
-            trace.postcopy_ram_fault_thread_exit()
-            # Holes that were never touched are zero pages now; whoever waits on one is woken.
-            self.guest.uffd.unregister(self.guest.address, self.ram.size)
-            trace.postcopy_ram_incoming_cleanup_closeuf()
-            trace.postcopy_ram_incoming_cleanup_exit()
+        before = self.state.status
+        if before == Status.COMPLETED:
+            pass  # the source comes again, for a SHUT that it missed
+        elif self._listening:
+            self._stop_listening()
         else:
             self._run_guest()
         self._await_guest()
-        old = Status.POSTCOPY_ACTIVE if self._listening else Status.ACTIVE
         if self._rp_open:
             self._reply(Message.SHUT, return_path.shut(0))
             self._drain()
-        self.state.set(old, Status.COMPLETED)
-        trace.process_incoming_migration_co_end(0)
+        if before != Status.COMPLETED:
+            self.state.set(before, Status.COMPLETED)
+            self.trace.process_incoming_migration_co_end(0)
+
+    def _stop_listening(self) -> None:
+        """Give the guest's faults back to the kernel: all its pages are here."""
+        trace = self.trace
+        trace.postcopy_ram_listen_thread_exit()
+        self._go(PostcopyState.END)
+        trace.postcopy_ram_incoming_cleanup_entry()
+        trace.postcopy_ram_incoming_cleanup_join()
+        trace.postcopy_ram_fault_thread_quit()
+        trace.postcopy_ram_fault_thread_exit()
+        # Holes that were never touched are zero pages now; whoever waits on one is woken.
+        self.guest.uffd.unregister(self.guest.address, self.ram.size)
+        self.loop.forget(self.guest.uffd.fd)
+        trace.postcopy_ram_incoming_cleanup_closeuf()
+        trace.postcopy_ram_incoming_cleanup_exit()
 
     def _await_guest(self) -> None:
         deadline = Deadline(10.0)
@@ -398,30 +429,20 @@ class Destination(Engine):
             deadline.check("the guest's first step")
 
     def _drain(self) -> None:
-        deadline = Deadline(10.0)
-        while not self._main.flush():
-            select.select([], [self._main.sock], [], 0.1)
-            deadline.check("room in the return path")
+        """Wait until the return path is with the kernel; a broken one is the source's to find."""
+        main, deadline = self.inbound.main, Deadline(10.0)
+        try:
+            while main and not main.flush():
+                select.select([], [main.sock], [], 0.1)
+                deadline.check("room in the return path")
+        except ConnectionError:
+            pass
 
     def _failed(self, error: Exception) -> None:
         """Report; before the guest ran nothing is lost, after it what came is kept."""
         self.release_announcements()
         self.control.event("ERROR", desc=str(error) or type(error).__name__)
-        before = self.state.status
-        if before == Status.POSTCOPY_ACTIVE and isinstance(error, OSError):
-            self.trace.postcopy_pause_fault_thread()
-            self.state.set(before, Status.POSTCOPY_PAUSED)
-        else:
-            self.state.set(before, Status.FAILED)
-            if self._rp_open and self.main:
-                try:
-                    self._reply(Message.SHUT, return_path.shut(1))
-                    self._drain()
-                except (OSError, MigkitError):
-                    pass
-
-    @property
-    def _main(self) -> Outgoing:
-        if self.main is None:
-            raise MigrationError("no source is connected")
-        return self.main
+        self.state.set(self.state.status, Status.FAILED)
+        if self._rp_open:
+            self._reply(Message.SHUT, return_path.shut(1))
+            self._drain()

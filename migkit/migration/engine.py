@@ -115,6 +115,11 @@ class Engine:
         if self.quitting and self._busy:
             raise MigrationError("the session ended while the migration was under way")
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a long command is being carried out."""
+        return self._busy
+
     def query(self) -> dict[str, object]:
         """Return the state, for ``query-migrate``."""
         return {"status": self.state.status}

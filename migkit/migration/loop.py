@@ -48,7 +48,9 @@ class Loop:
         outgoing.on_wait = lambda: self._epoll.modify(fd, select.EPOLLIN | select.EPOLLOUT)
 
     def forget(self, fd: int) -> None:
-        """Watch a descriptor no longer."""
+        """Watch a descriptor no longer, if it still is."""
+        if fd not in self._handlers:
+            return
         self._epoll.unregister(fd)
         with contextlib.suppress(FileNotFoundError):
             self._urgent.unregister(fd)

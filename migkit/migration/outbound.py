@@ -7,19 +7,21 @@ in the loop is interrupted by a request: that is the whole point of it.
 
 from __future__ import annotations
 
+import contextlib
+import socket
 from collections.abc import Callable
 
 import numpy as np
 
 from migkit.errors import MigrationError
 from migkit.kernel.memory import RamBlock
-from migkit.migration import wire
+from migkit.migration import bitmap, wire
 from migkit.migration.channel import Outgoing, connect
 from migkit.migration.engine import Deadline
 from migkit.migration.framing import Indices, PageFramer, runs_of
 from migkit.migration.loop import Loop
 from migkit.migration.return_path import Incoming, ReturnPathDecoder
-from migkit.migration.wire import Command
+from migkit.migration.wire import BlockLayout, Command
 from migkit.trace.emit import Tracer
 
 RAM_SECTION = 2
@@ -45,6 +47,7 @@ class Outbound:
         self.trace = trace
         self.main = Outgoing(connect(uri))
         self.preempt = Outgoing(connect(uri)) if preempt else None
+        layout = BlockLayout(ram.name, ram.size, ram.page_size)
         self.batch_pages = max(1, BATCH_BYTES // ram.page_size)
         self._framer = PageFramer(ram, self.batch_pages)
         # Requested pages are framed apart: they come while a batch is half sent.
@@ -52,7 +55,7 @@ class Outbound:
         self._ram = ram
         self._small = ram.page_size == wire.TARGET_PAGE
         self._on_message = on_message
-        self._decoder = ReturnPathDecoder()
+        self._decoder = ReturnPathDecoder({ram.name: bitmap.encoded_size(layout)})
         self.return_path_open = True
         self._in_section = False
         self._section_sent = 0
@@ -96,7 +99,7 @@ class Outbound:
 
     def _read_return_path(self) -> None:
         try:
-            data = self.main.sock.recv(4096)
+            data = self.main.sock.recv(16384)
         except BlockingIOError:
             return
         if not data:
@@ -124,6 +127,13 @@ class Outbound:
         """Send a PING; the destination answers it when it has read all before it."""
         self.trace.savevm_send_ping(value)
         self.command(Command.PING, value.to_bytes(4, "big"))
+
+    def cut(self) -> None:
+        """Shut both channels down: the loop will find them broken, here and beyond."""
+        for outgoing in (self.main, self.preempt):
+            if outgoing:
+                with contextlib.suppress(OSError):
+                    outgoing.sock.shutdown(socket.SHUT_RDWR)
 
     def raw(self, data: bytes) -> None:
         """Send bytes between two sections."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import enum
 import struct
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from migkit.errors import ProtocolError
 from migkit.migration.wire import short_string
 
 MAX_MESSAGE = 512
+RESUME_ACK_VALUE = 1  # qemu: MIGRATION_RESUME_ACK_VALUE
 _HEAD = struct.Struct(">HH")
 _U32 = struct.Struct(">I")
 _PAGES = struct.Struct(">QI")
@@ -43,9 +45,10 @@ class PageRequest(NamedTuple):
 
 
 class Bitmap(NamedTuple):
-    """The announcement of a received bitmap; the bitmap follows raw."""
+    """A received bitmap, raw: see :mod:`migkit.migration.bitmap`."""
 
     block: str
+    data: bytes
 
 
 _WHOLE_REQUEST = struct.Struct(">HHQI")
@@ -65,6 +68,17 @@ def pong(value: int) -> bytes:
     return _HEAD.pack(Message.PONG, 4) + _U32.pack(value)
 
 
+def resume_ack() -> bytes:
+    """Encode RESUME_ACK: the destination is ready to go on after a break."""
+    return _HEAD.pack(Message.RESUME_ACK, 4) + _U32.pack(RESUME_ACK_VALUE)
+
+
+def received_bitmap(block: str, raw: bytes) -> bytes:
+    """Encode RECV_BITMAP with the raw bitmap behind it."""
+    data = short_string(block)
+    return _HEAD.pack(Message.RECV_BITMAP, len(data)) + data + raw
+
+
 def request_pages(start: int, length: int, block: str | None) -> bytes:
     """Encode a request; with ``block`` None it is for the block of the last one."""
     if block is None:
@@ -76,8 +90,12 @@ def request_pages(start: int, length: int, block: str | None) -> bytes:
 class ReturnPathDecoder:
     """Turns bytes from the destination into messages, however they were cut."""
 
-    def __init__(self) -> None:
-        """Begin at the start of a return path."""
+    def __init__(self, bitmap_bytes: Mapping[str, int] | None = None) -> None:
+        """Begin at the start of a return path.
+
+        ``bitmap_bytes`` says how many raw bytes follow a RECV_BITMAP for each RAM block.
+        """
+        self._bitmap_bytes = bitmap_bytes or {}
         self._data = bytearray()
         self._offset = 0
         self._block = ""
@@ -102,11 +120,19 @@ class ReturnPathDecoder:
                     f"return path at {self._offset + at}: a message of {length} bytes, "
                     f"the limit is {MAX_MESSAGE}"
                 )
-            if len(self._data) - at < _HEAD.size + length:
+            end = at + _HEAD.size + length
+            if len(self._data) < end:
                 break
-            body = bytes(self._data[at + _HEAD.size : at + _HEAD.size + length])
-            messages.append(self._decode(kind, body, self._offset + at))
-            at += _HEAD.size + length
+            message = self._decode(
+                kind, bytes(self._data[at + _HEAD.size : end]), self._offset + at
+            )
+            if isinstance(message, Bitmap):
+                begin, end = end, end + self._bitmap_bytes[message.block]
+                if len(self._data) < end:
+                    break
+                message = Bitmap(message.block, bytes(self._data[begin:end]))
+            messages.append(message)
+            at = end
         del self._data[:at]
         self._offset += at
         return messages
@@ -121,7 +147,13 @@ class ReturnPathDecoder:
                 self._block = body[13:].decode(errors="replace")
                 return PageRequest(self._block, *_PAGES.unpack_from(body))
             case Message.RECV_BITMAP if body and len(body) == 1 + body[0]:
-                return Bitmap(body[1:].decode(errors="replace"))
+                block = body[1:].decode(errors="replace")
+                if block not in self._bitmap_bytes:
+                    raise ProtocolError(
+                        f"return path at {offset}: a bitmap of RAM block {block!r}, "
+                        f"expected one of {', '.join(self._bitmap_bytes) or 'none'}"
+                    )
+                return Bitmap(block, b"")
             case Message.SWITCHOVER_ACK if not body:
                 return Value(Message.SWITCHOVER_ACK, 0)
         raise ProtocolError(

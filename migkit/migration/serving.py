@@ -66,6 +66,7 @@ class FaultServer:
         # The same bits, faster for one at a time.
         self.requested = self._requested_mask.data
         self._received = placer.received.data
+        self.asks = True  # not in an outage: then requests are kept for ask_again()
         self.last_fault = 0.0  # time.monotonic()
         self._faults: list[tuple[int, int, int, int]] = []  # page, tid, when read, when asked
         self._answers: list[tuple[int, int, int, int, int]] = []  # page, times, channel, kind
@@ -99,13 +100,23 @@ class FaultServer:
                 wanted += return_path.request_pages(page * size, size, self._unnamed)
                 self._unnamed = None
             self._faults.append((page, tid, read, asked))
-        if wanted:
+        if wanted and self.asks:
             self._send(wanted)
         self.last_fault = read / 1e9
         if len(self._faults) < _MOST_NOTED:
             self._loop.defer(self.account)
         else:
             self.account()
+
+    def ask_again(self) -> None:
+        """Ask once more for every page that was asked for and has not come: after a break."""
+        self.asks = True
+        self._unnamed = self._name
+        size = self._size
+        for page in np.flatnonzero(self._requested_mask).tolist():
+            self._send(return_path.request_pages(page * size, size, self._unnamed))
+            self._trace.migrate_send_rp_message(_REQ_PAGES, 12)
+            self._unnamed = None
 
     def _answer_here(self, page: int) -> None:
         """Answer a fault without the source: the page was received before the fault was read."""

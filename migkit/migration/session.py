@@ -43,6 +43,7 @@ _SAMPLE_S = 0.02
 _WARM_UP_S = 0.05  # the guest runs a little before it is moved
 _SOURCE, _DESTINATION = "source", "destination"
 _AT_REST = ENDED | {Status.POSTCOPY_PAUSED}
+_NOT_RECOVERED = {Status.POSTCOPY_PAUSED, Status.FAILED, Status.POSTCOPY_RECOVER_SETUP}
 
 
 class Session:
@@ -74,6 +75,7 @@ class Session:
         self.errors: list[str] = []
         self.notices: list[str] = []
         self._sockets: Path | None = None
+        self._n_uris = 0
         self._open = contextlib.ExitStack()
         self._samples: list[tuple[int, ...]] = []
         self._changed = threading.Condition()
@@ -131,10 +133,7 @@ class Session:
             file: BinaryIO = self._open.enter_context(self.folder.trace(role).open("wb"))
             engine.attach(self._guests[role], identity, self.options, self.events, file)
         self._start_probe()
-        uri = (
-            f"unix:{self._sockets}/main" if self.options.transport == "unix" else "tcp:127.0.0.1:0"
-        )
-        uri = self._engines[_DESTINATION].execute("migrate-incoming", uri=uri)["uri"]
+        uri = self._engines[_DESTINATION].execute("migrate-incoming", uri=self._new_uri())["uri"]
         self._guests[_SOURCE].vcpu.start()
         time.sleep(_WARM_UP_S)
         self._engines[_SOURCE].execute("migrate", uri=uri)
@@ -142,6 +141,41 @@ class Session:
     def start_postcopy(self) -> None:
         """Switch to post-copy now (``migrate-start-postcopy``)."""
         self._engine(_SOURCE).execute("migrate-start-postcopy")
+
+    def pause(self) -> None:
+        """Break post-copy off (``migrate-pause``): both sides keep what they have."""
+        self._engine(_SOURCE).execute("migrate-pause")
+
+    def recover(self, timeout_s: float = 30.0) -> None:
+        """Go on with a paused migration over new channels (``migrate-recover``).
+
+        Returns once post-copy runs again. Raises :class:`MigrationError` when that failed: the
+        migration is paused as before and can be recovered again.
+        """
+        source, destination = self._engine(_SOURCE), self._engine(_DESTINATION)
+        if not self._await(self._at_rest, timeout_s) or self.status != Status.POSTCOPY_PAUSED:
+            raise MigrationError(f"there is nothing to recover: the migration is {self.status}")
+        uri = destination.execute("migrate-recover", uri=self._new_uri())["uri"]
+        tried = len(self.statuses)
+        source.execute("migrate", uri=uri, resume=True)
+
+        def decided() -> bool:
+            new = {status for _, role, status in self.statuses[tried:] if role == _SOURCE}
+            return bool(new & {"postcopy-active", "postcopy-paused", "failed"}) or source.gone
+
+        if not self._await(decided, timeout_s) or self.status in _NOT_RECOVERED:
+            raise MigrationError(f"the recovery failed, {self.status}: {self.notices[-1]}")
+
+    def _new_uri(self) -> str:
+        """Return where a destination may listen: a path of its own for every try."""
+        if self.options.transport == "tcp":
+            return "tcp:127.0.0.1:0"
+        self._n_uris += 1
+        return f"unix:{self._sockets}/main{self._n_uris}"
+
+    def _await(self, happened: Callable[[], bool], timeout_s: float) -> bool:
+        with self._changed:
+            return self._changed.wait_for(happened, timeout_s)
 
     def cancel(self) -> None:
         """Give up before the switchover (``migrate_cancel``): the source guest runs on."""
@@ -308,6 +342,8 @@ class Session:
                 self.statuses.append((message["ts_ns"], role, data["status"]))
             elif message["event"] == "ERROR":
                 self.errors.append(f"{role}: {data['desc']}")
+            elif message["event"] == "PAUSED":
+                self.notices.append(f"{role}: paused: {data['desc']}")
             self._changed.notify_all()
 
     def _on_death(self, engine: EngineProcess) -> None:

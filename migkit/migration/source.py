@@ -8,13 +8,14 @@ state is sent the guest never runs here again.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
 
 from migkit.errors import MigrationError, ProtocolError
 from migkit.guest.vcpu import Word
-from migkit.migration import states, wire
+from migkit.migration import bitmap, return_path, states, wire
 from migkit.migration.channel import RateLimiter
 from migkit.migration.control import ControlSocket
 from migkit.migration.dirty import DirtyLog, mark
@@ -22,7 +23,7 @@ from migkit.migration.engine import Attachment, Engine
 from migkit.migration.framing import Indices, runs_of
 from migkit.migration.outbound import CPU_SECTION, RAM_SECTION, Outbound
 from migkit.migration.policy import Convergence
-from migkit.migration.return_path import Incoming, Message, PageRequest, Value
+from migkit.migration.return_path import Bitmap, Incoming, Message, PageRequest, Value
 from migkit.migration.states import Status
 from migkit.migration.stats import Counter
 from migkit.migration.supply import PageSupply
@@ -31,6 +32,9 @@ from migkit.migration.wire import Command
 # Discards are sent ahead while the guest still runs, until this few pages are new at once.
 _FEW_DISCARDS = 64
 _MOST_DISCARD_ROUNDS = 8
+
+
+_RECOVERING = (Status.POSTCOPY_RECOVER_SETUP, Status.POSTCOPY_RECOVER)
 
 
 class Cancelled(Exception):  # noqa: N818 — not an error: somebody wished it
@@ -46,15 +50,21 @@ class Source(Engine):
         """Stand ready; ``migrate`` begins."""
         super().__init__(control, attachment)
         self.commands |= {
-            "migrate": self.later(self.migrate),
+            "migrate": self.migrate,
             "migrate-start-postcopy": self.start_postcopy,
             "migrate_cancel": self.cancel,
+            "migrate-pause": self.pause,
         }
         self.pongs: set[int] = set()
         self.rp_error: int | None = None
         self.postcopy_asked = False
         self.cancel_asked = False
         self.committed = False
+        self.bitmap: npt.NDArray[np.bool_] | None = None
+        self.resume_acked = False
+        self.log: DirtyLog | None = None
+        self.out: Outbound | None = None
+        self.supply: PageSupply | None = None
 
     # Commands.
 
@@ -73,44 +83,109 @@ class Source(Engine):
             )
         self.cancel_asked = True
 
-    def migrate(self, uri: str) -> None:
-        """Move the guest to whoever listens at ``uri``, to the end."""
-        self.state.set(Status.NONE, Status.SETUP)
-        self.log: DirtyLog | None = None
-        self.out: Outbound | None = None
-        self.supply: PageSupply | None = None
+    def pause(self) -> None:
+        """Break post-copy's channels off (``migrate-pause``); it can be recovered."""
+        if self.state.status != Status.POSTCOPY_ACTIVE:
+            raise MigrationError(f"only post-copy can be paused: the source is {self.state.status}")
+        self._out.cut()
+
+    def migrate(self, uri: str, *, resume: bool = False) -> None:
+        """Move the guest to whoever listens at ``uri``, to the end.
+
+        ``resume`` goes on with a migration that is paused.
+        """
+        old, new = (
+            (Status.POSTCOPY_PAUSED, Status.POSTCOPY_RECOVER_SETUP)
+            if resume
+            else (Status.NONE, Status.SETUP)
+        )
+        if not self.state.set(old, new):
+            raise MigrationError(
+                f"the source is {self.state.status}: "
+                + ("there is nothing to recover" if resume else "it has migrated already")
+            )
+        self.later(self._recover if resume else self._migrate)(uri=uri)
+
+    def _migrate(self, uri: str) -> None:
+        def begin() -> None:
+            self._setup(uri)
+            if self._precopy():
+                self._switch_to_postcopy()
+
+        self._to_the_end(begin)
+
+    def _recover(self, uri: str) -> None:
+        self._to_the_end(lambda: self._resume(uri))
+
+    def _to_the_end(self, begin: Callable[[], None]) -> None:
+        """Begin or resume, then go through to the end, whatever comes of it."""
         try:
-            self._run(uri)
+            begin()
+            if self.state.status == Status.POSTCOPY_ACTIVE:
+                self._background_until_low()
+            self._complete()
         except Cancelled:
             self._cancelled()
         except (OSError, ProtocolError, MigrationError) as error:
             self._failed(error)
         finally:
-            if self.supply:
-                self.supply.account()
-            if self.log:
-                self.log.stop()
-            if self.out:
-                self.out.close()
-            self.trace.migration_thread_after_loop()
+            self._put_down()
 
-    def _run(self, uri: str) -> None:
-        self._setup(uri)
-        if self._precopy():
-            self._switch_to_postcopy()
-            self._background_until_low()
-        self._complete()
+    def _put_down(self) -> None:
+        """Close the channels; unless the migration is paused, let go of the guest too."""
+        if self.supply:
+            self.supply.account()
+        if self.out:
+            self.out.close()
+        if self.state.status == Status.POSTCOPY_PAUSED:
+            return
+        if self.log:
+            self.log.stop()
+            self.log = None
+        self.trace.migration_thread_after_loop()
+
+    def _connect(self, uri: str) -> Outbound:
+        """Open the channels to a destination."""
+        options = self.options
+        self.out = out = Outbound(
+            uri,
+            self.ram,
+            self.trace,
+            preempt=options.postcopy_preempt and options.postcopy_ram,
+            on_message=self._on_message,
+        )
+        out.loop.watch(self.control.fileno(), self.read_control, rank=2)
+        if not self.committed:  # after the switch its memory is all that counts, and that is ours
+            out.loop.watch(self.guest.pidfd, self._guest_died, rank=3)
+        return out
+
+    # Recovery.
+
+    def _resume(self, uri: str) -> None:
+        """Go on over new channels: learn what the destination has, send the rest."""
+        trace = self.trace
+        out = self._connect(uri)
+        self.bitmap, self.resume_acked = None, False
+        self.state.set(Status.POSTCOPY_RECOVER_SETUP, Status.POSTCOPY_RECOVER)
+        name = self.ram.name
+        trace.ram_dirty_bitmap_request(name)
+        trace.savevm_send_recv_bitmap(name)
+        out.command(Command.RECV_BITMAP, wire.short_string(name))
+        out.wait_for(lambda: self.bitmap is not None, "the received bitmap")
+        if self.bitmap is not None:
+            self._pages.continue_on(out, self.bitmap)
+        trace.ram_dirty_bitmap_reload_complete(name)
+        trace.savevm_send_postcopy_resume()
+        out.command(Command.POSTCOPY_RESUME)
+        out.wait_for(lambda: self.resume_acked, "RESUME_ACK")
+        self.state.set(Status.POSTCOPY_RECOVER, Status.POSTCOPY_ACTIVE)
+        trace.postcopy_pause_continued()
 
     # Set-up and pre-copy.
 
     def _setup(self, uri: str) -> None:
         trace, options = self.trace, self.options
-        preempt = options.postcopy_preempt and options.postcopy_ram
-        self.out = out = Outbound(
-            uri, self.ram, trace, preempt=preempt, on_message=self._on_message
-        )
-        out.loop.watch(self.control.fileno(), self.read_control, rank=2)
-        out.loop.watch(self.guest.pidfd, self._guest_died, rank=3)
+        out = self._connect(uri)
         trace.savevm_state_header()
         out.raw(wire.header() + wire.configuration(self.guest.identity))
         if options.uses_return_path:
@@ -220,6 +295,7 @@ class Source(Engine):
         self._send_package()
         trace.postcopy_start_set_run()
         self._pages.enter_postcopy()
+        out.loop.forget(self.guest.pidfd)  # a dead source guest is no loss any more
         out.wait_for(lambda: wire.PING_PACKAGE in self.pongs, "the answer to the package")
         self.release_announcements()
         self.state.set(Status.POSTCOPY_DEVICE, Status.POSTCOPY_ACTIVE)
@@ -366,6 +442,12 @@ class Source(Engine):
             case Value(Message.PONG, value):
                 self.trace.source_return_path_thread_pong(value)
                 self.pongs.add(value)
+            case Value(Message.RESUME_ACK, value):
+                self.trace.source_return_path_thread_resume_ack(value)
+                self.resume_acked = value == return_path.RESUME_ACK_VALUE
+            case Bitmap(name, data):
+                self.trace.ram_dirty_bitmap_reload_begin(name)
+                self.bitmap = bitmap.decode(data, self.guest.layout)
             case Value(Message.SHUT, error):
                 self.trace.source_return_path_thread_shut(error)
                 self.rp_error = error
@@ -396,12 +478,18 @@ class Source(Engine):
     def _failed(self, error: Exception) -> None:
         """Say why, and let the guest run on unless it was handed over."""
         self.release_announcements()
-        self.control.event("ERROR", desc=str(error) or type(error).__name__)
         trace, before = self.trace, self.state.status
         stream_error = isinstance(error, OSError)
-        if before == Status.POSTCOPY_ACTIVE and stream_error and self.rp_error is None:
+        broken = isinstance(error, OSError | ProtocolError) and self.rp_error is None
+        if before == Status.POSTCOPY_DEVICE and self.committed and broken:
+            # The destination may have run the guest: only a recovery can tell.
+            self.state.set(before, Status.POSTCOPY_ACTIVE)
+            before = Status.POSTCOPY_ACTIVE
+        if before in _RECOVERING or (before == Status.POSTCOPY_ACTIVE and broken):
+            self.control.event("PAUSED", desc=str(error) or type(error).__name__)
             self.state.set(before, Status.POSTCOPY_PAUSED)
         else:
+            self.control.event("ERROR", desc=str(error) or type(error).__name__)
             if stream_error:
                 (
                     trace.migration_completion_file_err

@@ -99,6 +99,17 @@ class StreamDecoder:
         self._package_size = 0
         self.most_pages = 64
 
+    def continued(self) -> StreamDecoder:
+        """Return a decoder for the channel that continues this stream after a break.
+
+        It has no header: sections and commands go on, of devices that were started before.
+        """
+        other = StreamDecoder(self._blocks, len(self.buffer.data))
+        other._names = self._names
+        other._advised = self._advised
+        other._parse = other._section
+        return other
+
     def next(self) -> Event | None:
         """Return the next event, None when more bytes are needed.
 

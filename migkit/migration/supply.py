@@ -42,6 +42,8 @@ class PageSupply:
         self.remaining = ram.n_pages  # how many are dirty
         self.in_postcopy = False
         self.cursor = 0
+        self._sent_before = 0  # bytes, over channels that broke: main and preempt
+        self._urgent_before = 0
         self.last_request = 0.0
         self.served: list[tuple[int, int, int]] = []  # page, when received, when sent (0: before)
 
@@ -62,6 +64,15 @@ class PageSupply:
         self.dirty |= ~self.at_destination
         self.count_dirty()
 
+    def continue_on(self, out: Outbound, received: npt.NDArray[np.bool_]) -> None:
+        """Go on over new channels after a break: what was not received is to be sent (again)."""
+        self._sent_before += self.out.main.sent_bytes
+        if self.out.preempt:
+            self._urgent_before += self.out.preempt.sent_bytes
+        self.out = out
+        self.dirty = ~received
+        self.count_dirty()
+
     def send(self, batch: Indices, limiter: RateLimiter, n_pages: Counter) -> None:
         """Send pages on the main channel and account for them."""
         counters = self.counters
@@ -79,9 +90,10 @@ class PageSupply:
         if not self.in_postcopy:
             counters[Counter.PRECOPY_BYTES] = out.main.sent_bytes
             return
-        counters[Counter.POSTCOPY_BYTES] = out.main.sent_bytes - counters[Counter.PRECOPY_BYTES]
+        sent = self._sent_before + out.main.sent_bytes
+        counters[Counter.POSTCOPY_BYTES] = sent - counters[Counter.PRECOPY_BYTES]
         if out.preempt:
-            counters[Counter.PREEMPT_BYTES] = out.preempt.sent_bytes
+            counters[Counter.PREEMPT_BYTES] = self._urgent_before + out.preempt.sent_bytes
 
     def next_batch(self) -> Indices | None:
         """Return the next dirty pages from the cursor on, None when there are none."""
