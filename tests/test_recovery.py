@@ -215,7 +215,7 @@ def test_a_source_guest_that_dies_after_the_switch_is_no_loss(paused):
 def test_a_destination_guest_that_dies_in_post_copy_is_said_to_be_lost_for_good(paused):
     s = paused(max_postcopy_bandwidth="2MiB")
     os.kill(s._guests["destination"].pid, signal.SIGKILL)
-    assert s.await_end(30) == Status.FAILED
+    assert s.await_end(30) == Status.FAILED, s.notices
     assert any("memory is lost for good" in error for error in s.errors)
     folder = s.record()
     assert all(len(read(folder.trace(role)).events) for role in ("source", "destination"))

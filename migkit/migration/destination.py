@@ -159,6 +159,8 @@ class Destination(Engine):
         on: those on pages that are here are answered, the others are asked for after the break.
         """
         self._broken = None
+        if isinstance(error, ProcessLookupError):
+            self._guest_died()  # UFFDIO_COPY notices before the pidfd tells
         before = self.state.status
         can_wait = before in (Status.POSTCOPY_ACTIVE, Status.POSTCOPY_RECOVER)
         if not can_wait or self.postcopy != PostcopyState.RUNNING:

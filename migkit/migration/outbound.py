@@ -20,7 +20,7 @@ from migkit.migration.channel import Outgoing, connect
 from migkit.migration.engine import Deadline
 from migkit.migration.framing import Indices, PageFramer, runs_of
 from migkit.migration.loop import Loop
-from migkit.migration.return_path import Incoming, ReturnPathDecoder
+from migkit.migration.return_path import Incoming, PageRequest, ReturnPathDecoder
 from migkit.migration.wire import BlockLayout, Command
 from migkit.trace.emit import Tracer
 
@@ -108,6 +108,14 @@ class Outbound:
         for message in self._decoder.feed(data):
             self._on_message(message)
         self.trace.source_return_path_thread_loop_top()
+
+    def read_rest(self) -> None:
+        """Read what the destination still said on a return path that has broken since."""
+        with contextlib.suppress(OSError):
+            while data := self.main.sock.recv(16384):
+                for message in self._decoder.feed(data):
+                    if not isinstance(message, PageRequest):
+                        self._on_message(message)
 
     def _preempt_gone(self) -> None:
         if self._finished and self.preempt:

@@ -7,6 +7,7 @@ state is sent the guest never runs here again.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 
@@ -478,6 +479,9 @@ class Source(Engine):
     def _failed(self, error: Exception) -> None:
         """Say why, and let the guest run on unless it was handed over."""
         self.release_announcements()
+        if self.out and self.committed:
+            with contextlib.suppress(ProtocolError):
+                self.out.read_rest()  # a SHUT may have come before the channel was seen to break
         trace, before = self.trace, self.state.status
         stream_error = isinstance(error, OSError)
         broken = isinstance(error, OSError | ProtocolError) and self.rp_error is None
