@@ -1,5 +1,6 @@
 """Post-copy that breaks, is paused and recovers; the oracle is the judge of each."""
 
+import contextlib
 import itertools
 import os
 import signal
@@ -14,7 +15,9 @@ from hypothesis import strategies as st
 import migkit
 from migkit.errors import MigrationError, ProtocolError
 from migkit.kernel.memory import huge_pages_free
-from migkit.migration import bitmap
+from migkit.migration import bitmap, wire
+from migkit.migration.channel import connect
+from migkit.migration.remote import EngineProcess
 from migkit.migration.session import Session
 from migkit.migration.states import DESTINATION, SOURCE, Status
 from migkit.migration.wire import BlockLayout
@@ -281,3 +284,34 @@ def test_a_bitmap_as_text_shows_the_lines_that_differ():
     mask = np.ones(130, np.bool_)
     mask[65] = False
     assert bitmap.as_text(mask) == "0x00000040: 1." + "1" * 62
+
+
+# Strangers.
+
+
+@pytest.mark.parametrize("transport", ["unix", "tcp"])
+def test_a_stranger_is_turned_away_and_the_source_still_gets_in(tmp_path, monkeypatch, transport):
+    """The stranger connects before the source, as the same user, and speaks."""
+    execute = EngineProcess.execute
+    strangers = []
+
+    def crowded(engine, command, **arguments):
+        answer = execute(engine, command, **arguments)
+        if command == "migrate-incoming":
+            for _ in range(3):
+                strangers.append(connect(answer["uri"]))
+                with contextlib.suppress(ConnectionError):
+                    strangers[-1].send(wire.header() + b"\xff" * 64)
+        return answer
+
+    monkeypatch.setattr(EngineProcess, "execute", crowded)
+    with Session("random", "8MiB", path=tmp_path / "run", transport=transport, probe="off") as s:
+        s.start()
+        s.start_postcopy()
+        assert s.await_end(30) == Status.COMPLETED
+        assert s.verify()
+    for stranger in strangers:
+        stranger.settimeout(5)
+        with contextlib.suppress(ConnectionError):
+            assert stranger.recv(1) == b""
+        stranger.close()

@@ -10,6 +10,7 @@ import itertools
 import os
 import socket
 import struct
+import sys
 import time
 from collections import deque
 from collections.abc import Callable
@@ -72,12 +73,40 @@ def tune(sock: socket.socket) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, _SEND_BUFFER // 2)
 
 
-def is_trusted(sock: socket.socket) -> bool:
-    """Whether a peer that connected may be our source: a unix peer must be of our uid."""
-    if sock.family != socket.AF_UNIX:
-        return True
-    data = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-    return bool(_UCRED.unpack(data)[1] == os.getuid())
+def is_trusted(sock: socket.socket, pid: int | None = None) -> bool:
+    """Whether a peer that connected may be our source: of our uid and, if given, that process.
+
+    On TCP only the kernel's table of connections tells who the peer is. It is on this machine:
+    we listen at the loopback address alone.
+    """
+    if sock.family == socket.AF_UNIX:
+        data = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+        peer, uid, _ = _UCRED.unpack(data)
+        return uid == os.getuid() and pid in (None, peer)
+    uid, inode = _owner(sock.getpeername(), sock.getsockname())
+    return uid == os.getuid() and (pid is None or _holds(pid, inode))
+
+
+def _owner(local: tuple[str, int], remote: tuple[str, int]) -> tuple[int, int]:
+    """Return uid and inode of the TCP socket with these ends, (-1, 0) if there is none."""
+    ends = [
+        f"{int.from_bytes(socket.inet_aton(host), sys.byteorder):08X}:{port:04X}"
+        for host, port in (local, remote)
+    ]
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        fields = line.split()
+        if fields[1:3] == ends:
+            return int(fields[7]), int(fields[9])
+    return -1, 0
+
+
+def _holds(pid: int, inode: int) -> bool:
+    """Whether a process of ours has a socket open."""
+    try:
+        links = [entry.readlink() for entry in Path(f"/proc/{pid}/fd").iterdir()]
+    except OSError:
+        return False
+    return Path(f"socket:[{inode}]") in links
 
 
 def _nobody() -> None:

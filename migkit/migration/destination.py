@@ -86,15 +86,18 @@ class Destination(Engine):
 
     # Commands.
 
-    def incoming(self, uri: str) -> dict[str, str]:
-        """Listen at ``uri`` (``migrate-incoming``); return where, and load what comes."""
-        uri = self.inbound.listen(uri)
+    def incoming(self, uri: str, peer: int | None = None) -> dict[str, str]:
+        """Listen at ``uri`` (``migrate-incoming``); return where, and load what comes.
+
+        ``peer`` is the process id of the source: whoever else connects is turned away.
+        """
+        uri = self.inbound.listen(uri, peer)
         self._source_due = Deadline(_SOURCE_TIMEOUT_S)
         self.state.set(Status.NONE, Status.SETUP)
         self.later(self._load)()
         return {"uri": uri}
 
-    def recover(self, uri: str) -> dict[str, str]:
+    def recover(self, uri: str, peer: int | None = None) -> dict[str, str]:
         """Listen anew at ``uri`` for the source of a paused migration (``migrate-recover``).
 
         A source that missed the last SHUT is paused though we have completed: it may come again
@@ -102,7 +105,7 @@ class Destination(Engine):
         """
         if self.state.status not in (Status.POSTCOPY_PAUSED, Status.COMPLETED):
             raise MigrationError(f"only a paused migration can be recovered: {self._here()}")
-        uri = self.inbound.listen(uri)
+        uri = self.inbound.listen(uri, peer)
         if not self.is_busy:
             self.later(self._load)()
         return {"uri": uri}

@@ -54,12 +54,17 @@ class Inbound:
         self._on_requested = on_requested
         self._last_fault = last_fault
         self._listener: socket.socket | None = None
+        self._peer: int | None = None
         self.decoder = StreamDecoder(self._blocks)
         self.preempt_decoder = PreemptDecoder(self._blocks)
 
-    def listen(self, uri: str) -> str:
-        """Wait for the source at ``uri``; return where, as it can be connected to."""
+    def listen(self, uri: str, peer: int | None) -> str:
+        """Wait for the source at ``uri``; return where, as it can be connected to.
+
+        ``peer`` is the process that may connect; None is any process of this user.
+        """
         self._stop_listening()
+        self._peer = peer
         self._listener, uri = channel.listen(uri)
         self.loop.watch(self._listener.fileno(), self._accept, rank=5)
         return uri
@@ -70,7 +75,7 @@ class Inbound:
             return
         with contextlib.suppress(BlockingIOError):
             sock, _ = self._listener.accept()
-            if not channel.is_trusted(sock):
+            if not channel.is_trusted(sock, self._peer):
                 sock.close()
                 return
             channel.tune(sock)

@@ -133,7 +133,7 @@ class Session:
             file: BinaryIO = self._open.enter_context(self.folder.trace(role).open("wb"))
             engine.attach(self._guests[role], identity, self.options, self.events, file)
         self._start_probe()
-        uri = self._engines[_DESTINATION].execute("migrate-incoming", uri=self._new_uri())["uri"]
+        uri = self._have_it_listen("migrate-incoming")
         self._guests[_SOURCE].vcpu.start()
         time.sleep(_WARM_UP_S)
         self._engines[_SOURCE].execute("migrate", uri=uri)
@@ -152,10 +152,10 @@ class Session:
         Returns once post-copy runs again. Raises :class:`MigrationError` when that failed: the
         migration is paused as before and can be recovered again.
         """
-        source, destination = self._engine(_SOURCE), self._engine(_DESTINATION)
+        source = self._engine(_SOURCE)
         if not self._await(self._at_rest, timeout_s) or self.status != Status.POSTCOPY_PAUSED:
             raise MigrationError(f"there is nothing to recover: the migration is {self.status}")
-        uri = destination.execute("migrate-recover", uri=self._new_uri())["uri"]
+        uri = self._have_it_listen("migrate-recover")
         tried = len(self.statuses)
         source.execute("migrate", uri=uri, resume=True)
 
@@ -166,12 +166,15 @@ class Session:
         if not self._await(decided, timeout_s) or self.status in _NOT_RECOVERED:
             raise MigrationError(f"the recovery failed, {self.status}: {self.notices[-1]}")
 
-    def _new_uri(self) -> str:
-        """Return where a destination may listen: a path of its own for every try."""
-        if self.options.transport == "tcp":
-            return "tcp:127.0.0.1:0"
-        self._n_uris += 1
-        return f"unix:{self._sockets}/main{self._n_uris}"
+    def _have_it_listen(self, command: str) -> str:
+        """Have the destination listen, for the source alone, at a new place; return where."""
+        uri = "tcp:127.0.0.1:0"
+        if self.options.transport == "unix":
+            self._n_uris += 1
+            uri = f"unix:{self._sockets}/main{self._n_uris}"
+        source, destination = self._engine(_SOURCE), self._engine(_DESTINATION)
+        answer = destination.execute(command, uri=uri, peer=source.child.pid)
+        return str(answer["uri"])
 
     def _await(self, happened: Callable[[], bool], timeout_s: float) -> bool:
         with self._changed:
