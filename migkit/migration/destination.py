@@ -7,8 +7,10 @@ longer than a piece takes.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
+import signal
 import struct
 
 import numpy as np
@@ -429,25 +431,29 @@ class Destination(Engine):
     def _await_guest(self) -> None:
         deadline = Deadline(10.0)
         while not self._guest_seen:
-            select.select([self.guest.vcpu.ack_fd], [], [], 0.1)
+            ready, _, _ = select.select([self.guest.vcpu.ack_fd, self.guest.pidfd], [], [], 0.1)
+            if self.guest.pidfd in ready:
+                self._guest_died()
             self._see_guest()
             deadline.check("the guest's first step")
 
     def _drain(self) -> None:
         """Wait until the return path is with the kernel; a broken one is the source's to find."""
         main, deadline = self.inbound.main, Deadline(10.0)
-        try:
+        with contextlib.suppress(ConnectionError):
             while main and not main.flush():
                 select.select([], [main.sock], [], 0.1)
                 deadline.check("room in the return path")
-        except ConnectionError:
-            pass
 
     def _failed(self, error: Exception) -> None:
-        """Report; before the guest ran nothing is lost, after it what came is kept."""
+        """Report; before the switch nothing is lost, after it what came is kept."""
         self.release_announcements()
         self.control.event("ERROR", desc=str(error) or type(error).__name__)
         self.state.set(self.state.status, Status.FAILED)
+        if self.postcopy not in (PostcopyState.RUNNING, PostcopyState.END):
+            # As a QEMU that fails to load exits: the source may then run its guest again.
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self.guest.pidfd, signal.SIGKILL)
         if self._rp_open:
             self._reply(Message.SHUT, return_path.shut(1))
             self._drain()

@@ -35,6 +35,7 @@ _FEW_DISCARDS = 64
 _MOST_DISCARD_ROUNDS = 8
 
 
+_RP_BROKE = -1  # rp_error of a return path that broke before SHUT came
 _RECOVERING = (Status.POSTCOPY_RECOVER_SETUP, Status.POSTCOPY_RECOVER)
 
 
@@ -63,6 +64,8 @@ class Source(Engine):
         self.committed = False
         self.bitmap: npt.NDArray[np.bool_] | None = None
         self.resume_acked = False
+        self.rp_open = False
+        self.completing = False
         self.log: DirtyLog | None = None
         self.out: Outbound | None = None
         self.supply: PageSupply | None = None
@@ -195,6 +198,7 @@ class Source(Engine):
             trace.open_return_path_on_source_continue()
             trace.savevm_send_open_return_path()
             out.command(Command.OPEN_RETURN_PATH)
+            self.rp_open = True
             out.ping(wire.PING_RETURN_PATH)
         if options.postcopy_ram:
             trace.qemu_savevm_send_postcopy_advise()
@@ -386,6 +390,7 @@ class Source(Engine):
         """End the migration from the state that it is in now, and only from that."""
         trace, out = self.trace, self._out
         current = self.state.status
+        self.completing = True
         trace.migration_thread_low_pending(self._pages.count_dirty() * self.ram.page_size)
         if current == Status.ACTIVE:
             self._stop_guest()
@@ -400,13 +405,13 @@ class Source(Engine):
             out.drain()
             self._pages.account()
             trace.migration_completion_postcopy_end_after_complete()
-        if self.options.uses_return_path:
-            trace.migration_return_path_end_before()
-            self._await_return_path_close()
-            trace.migration_return_path_end_after(self.rp_error or 0)
+        if self.rp_open:
+            self._close_return_path(current)
             if self.rp_error:
                 raise MigrationError(
-                    f"the destination reported error {self.rp_error} when it closed the return path"
+                    "the return path broke before the destination closed it"
+                    if self.rp_error == _RP_BROKE
+                    else f"the destination closed the return path with error {self.rp_error}"
                 )
         self._pages.count_bytes()
         self._require(self.state.set(current, Status.COMPLETED))
@@ -425,13 +430,36 @@ class Source(Engine):
         out.raw(wire.device_state(CPU_SECTION, state) + wire.END_OF_STREAM)
         out.drain()
 
-    def _await_return_path_close(self) -> None:
+    def _close_return_path(self, current: Status) -> None:
+        """Wait for the destination's SHUT; a path that breaks instead is an rp_error too.
+
+        In post-copy a break is no end: then :class:`ConnectionError` is raised.
+        """
+        self.trace.migration_return_path_end_before()
+        broken = False
         try:
             self._out.wait_for(lambda: self.rp_error is not None, "SHUT", 60.0)
         except ConnectionError:
-            self.trace.source_return_path_thread_bad_end()
-            raise
-        self.trace.source_return_path_thread_end()
+            if current == Status.POSTCOPY_ACTIVE:
+                raise
+            broken = True
+        self._return_path_ended(broken=broken)
+
+    def _return_path_ended(self, *, broken: bool) -> None:
+        trace = self.trace
+        if broken and self.rp_error is None:
+            trace.source_return_path_thread_bad_end()
+            self.rp_error = _RP_BROKE
+        else:
+            trace.source_return_path_thread_end()
+        trace.migration_return_path_end_after(self.rp_error or 0)
+        self.rp_open = False
+
+    def _abandon_return_path(self, *, broken: bool) -> None:
+        """Close a return path that is still open when the migration has come to nothing."""
+        if self.rp_open:
+            self.trace.migration_return_path_end_before()
+            self._return_path_ended(broken=broken)
 
     # What comes from elsewhere.
 
@@ -473,6 +501,7 @@ class Source(Engine):
         self.release_announcements()
         before = self.state.status
         self.state.set(before, Status.CANCELLING)
+        self._abandon_return_path(broken=False)
         self._resume_guest()
         self.state.set(Status.CANCELLING, Status.CANCELLED)
 
@@ -484,6 +513,7 @@ class Source(Engine):
                 self.out.read_rest()  # a SHUT may have come before the channel was seen to break
         trace, before = self.trace, self.state.status
         stream_error = isinstance(error, OSError)
+        said_shut = bool(self.rp_error) and self.rp_error != _RP_BROKE
         broken = isinstance(error, OSError | ProtocolError) and self.rp_error is None
         if before == Status.POSTCOPY_DEVICE and self.committed and broken:
             # The destination may have run the guest: only a recovery can tell.
@@ -494,14 +524,15 @@ class Source(Engine):
             self.state.set(before, Status.POSTCOPY_PAUSED)
         else:
             self.control.event("ERROR", desc=str(error) or type(error).__name__)
-            if stream_error:
-                (
-                    trace.migration_completion_file_err
-                    if self.committed
-                    else trace.migration_thread_file_err
-                )()
+            if stream_error and not self.completing:
+                trace.migration_thread_file_err()
+            elif stream_error and not self.rp_open:
+                trace.migration_completion_file_err()
+            self._abandon_return_path(broken=stream_error or isinstance(error, ProtocolError))
             self.state.set(before, Status.FAILED)
-        if not self.committed:
+        # A destination that gives up before it has run the guest has ended its own.
+        given_back = said_shut and before in (Status.DEVICE, Status.POSTCOPY_DEVICE)
+        if not self.committed or (given_back and wire.PING_PACKAGE not in self.pongs):
             self._resume_guest()
 
     def _resume_guest(self) -> None:
