@@ -39,10 +39,11 @@ def draw_options(draw: random.Random, most: int = 128 << 20) -> dict[str, Any]:
         "return_path": draw.random() < 0.7,
         "probe": "off",
     }
-    if options["postcopy"] == "off":
-        options["rate"] = min(options["rate"] or 5000, 5000)  # what no link follows never ends
     if draw.random() < 0.3 and huge_pages_free(HUGE) * HUGE >= 2 * options["memory"]:
         options["page_size"] = HUGE
+    if options["postcopy"] == "off":  # what no link follows never ends
+        most = 100 if "page_size" in options else 5000
+        options["rate"] = min(options["rate"] or most, most)
     return options
 
 

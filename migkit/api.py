@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from migkit.analysis.run import Run
-from migkit.errors import MigkitError, MigrationError
+from migkit.errors import MigkitError, MigrationError, OptionError
 from migkit.guest.workloads import Workload
 from migkit.migration.session import Session
 from migkit.migration.states import Status
@@ -83,6 +83,8 @@ def run(
     Raises :class:`MigrationError` when the migration or the comparison failed.
     """
     options.setdefault("postcopy", "1 round")
+    if options.get("pause_before_switchover") not in (None, False, "off", "false"):
+        raise OptionError("pause_before_switchover waits for a hand: use migkit.Migration")
     with Migration(workload, memory, path=path, params=params, **options) as migration:
         migration.start()
         result = migration.wait(timeout_s, progress=progress)

@@ -176,7 +176,7 @@ def test_waiting_for_a_paused_migration_says_how_to_go_on_and_ends_nothing(tmp_p
     ) as m:
         m.start()
         m.start_postcopy()
-        await_(lambda: m.status == Status.POSTCOPY_ACTIVE)
+        m.await_status(Status.POSTCOPY_ACTIVE)
         m.pause()
         with pytest.raises(MigrationError, match=r"paused: .* recover\(\)"):
             m.wait(20)

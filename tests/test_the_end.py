@@ -6,6 +6,8 @@ import time
 
 import pytest
 
+import migkit
+from migkit.errors import MigrationError, OptionError
 from migkit.migration.session import Session
 from migkit.migration.states import Status
 from migkit.trace.simpletrace import read
@@ -138,3 +140,34 @@ def test_a_cancel_closes_the_return_path_without_an_error(start):
     assert s.await_end(30) == Status.CANCELLED
     assert runs_on(s)
     assert rp_errors(s) == [0]
+
+
+@pytest.mark.parametrize("postcopy", ["off", "manual"])
+def test_a_migration_paused_before_the_switchover_waits_to_be_continued(start, postcopy):
+    s = start(postcopy=postcopy, pause_before_switchover=True)
+    if postcopy == "manual":
+        s.start_postcopy()
+    await_status(s, Status.PRE_SWITCHOVER)
+    assert not runs_on(s)
+    s.continue_()
+    assert s.await_end(30) == Status.COMPLETED
+    assert s.verify()
+    walk = [status for _, role, status in s.statuses if role == "source"]
+    assert walk[walk.index("pre-switchover") + 1] == "device"
+
+
+def test_a_migration_paused_before_the_switchover_can_be_cancelled(start):
+    s = start(pause_before_switchover=True)
+    await_status(s, Status.PRE_SWITCHOVER)
+    s.cancel()
+    assert s.await_end(30) == Status.CANCELLED
+    assert runs_on(s)
+    assert s.verify()
+
+
+def test_there_is_nothing_to_continue_elsewhere_and_no_hand_in_a_run_of_one_call(start, tmp_path):
+    s = start(max_bandwidth="1MiB")
+    with pytest.raises(MigrationError, match="the source is active"):
+        s.continue_()
+    with pytest.raises(OptionError, match=r"migkit\.Migration"):
+        migkit.run(path=tmp_path / "never", pause_before_switchover=True)

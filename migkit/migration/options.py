@@ -47,6 +47,11 @@ class Options:
     return_path: bool = option(
         True, "have the destination answer, also in pre-copy only", qemu="return-path"
     )
+    pause_before_switchover: bool = option(
+        False,
+        "stop the guest and wait for continue_() before the switchover; by hand only",
+        qemu="pause-before-switchover",
+    )
     max_bandwidth: int = option(
         0, "limit of pre-copy in bytes a second; 0 for none", qemu="max-bandwidth"
     )

@@ -142,6 +142,10 @@ class Session:
         """Switch to post-copy now (``migrate-start-postcopy``)."""
         self._engine(_SOURCE).execute("migrate-start-postcopy")
 
+    def continue_(self) -> None:
+        """Go on from ``pre-switchover``, where the guest stands still (``migrate-continue``)."""
+        self._engine(_SOURCE).execute("migrate-continue")
+
     def pause(self) -> None:
         """Break post-copy off (``migrate-pause``): both sides keep what they have."""
         self._engine(_SOURCE).execute("migrate-pause")
@@ -216,6 +220,21 @@ class Session:
                 return self.status
             if time.monotonic() > deadline:
                 raise TimeoutError(f"the migration is still {self.status} after {timeout_s} s")
+
+    def await_status(self, status: Status | str, timeout_s: float = 60.0) -> None:
+        """Wait until the source has entered a state.
+
+        Raises :class:`MigrationError` when the migration comes to rest without it, and
+        :class:`TimeoutError`.
+        """
+
+        def entered() -> bool:
+            return any(role == _SOURCE and known == status for _, role, known in self.statuses)
+
+        if not self._await(lambda: entered() or self._at_rest(), timeout_s):
+            raise TimeoutError(f"the migration is still {self.status} after {timeout_s} s")
+        if not entered():
+            raise MigrationError(f"the migration is {self.status}: {'; '.join(self.errors)}")
 
     def verify(self) -> Verdict:
         """Stop the guest where it runs and compare it with one that was never migrated."""

@@ -16,7 +16,8 @@ import numpy.typing as npt
 
 from migkit.errors import MigrationError, ProtocolError
 from migkit.guest.vcpu import Word
-from migkit.migration import bitmap, return_path, states, wire
+from migkit.migration import states, wire
+from migkit.migration.answers import Answers
 from migkit.migration.channel import RateLimiter
 from migkit.migration.control import ControlSocket
 from migkit.migration.dirty import DirtyLog, mark
@@ -24,7 +25,7 @@ from migkit.migration.engine import Attachment, Engine
 from migkit.migration.framing import Indices, runs_of
 from migkit.migration.outbound import CPU_SECTION, RAM_SECTION, Outbound
 from migkit.migration.policy import Convergence
-from migkit.migration.return_path import Bitmap, Incoming, Message, PageRequest, Value
+from migkit.migration.return_path import Incoming, PageRequest
 from migkit.migration.states import Status
 from migkit.migration.stats import Counter
 from migkit.migration.supply import PageSupply
@@ -35,7 +36,6 @@ _FEW_DISCARDS = 64
 _MOST_DISCARD_ROUNDS = 8
 
 
-_RP_BROKE = -1  # rp_error of a return path that broke before SHUT came
 _RECOVERING = (Status.POSTCOPY_RECOVER_SETUP, Status.POSTCOPY_RECOVER)
 
 
@@ -56,15 +56,13 @@ class Source(Engine):
             "migrate-start-postcopy": self.start_postcopy,
             "migrate_cancel": self.cancel,
             "migrate-pause": self.pause,
+            "migrate-continue": self.continue_,
         }
-        self.pongs: set[int] = set()
-        self.rp_error: int | None = None
+        self.answers = Answers(self.trace, self.guest.layout, self._serve)
         self.postcopy_asked = False
         self.cancel_asked = False
+        self.continue_asked = False
         self.committed = False
-        self.bitmap: npt.NDArray[np.bool_] | None = None
-        self.resume_acked = False
-        self.rp_open = False
         self.completing = False
         self.log: DirtyLog | None = None
         self.out: Outbound | None = None
@@ -92,6 +90,14 @@ class Source(Engine):
         if self.state.status != Status.POSTCOPY_ACTIVE:
             raise MigrationError(f"only post-copy can be paused: the source is {self.state.status}")
         self._out.cut()
+
+    def continue_(self) -> None:
+        """Go on from ``pre-switchover`` (``migrate-continue``)."""
+        if self.state.status != Status.PRE_SWITCHOVER:
+            raise MigrationError(
+                f"only pre-switchover is continued from: the source is {self.state.status}"
+            )
+        self.continue_asked = True
 
     def migrate(self, uri: str, *, resume: bool = False) -> None:
         """Move the guest to whoever listens at ``uri``, to the end.
@@ -169,19 +175,19 @@ class Source(Engine):
         """Go on over new channels: learn what the destination has, send the rest."""
         trace = self.trace
         out = self._connect(uri)
-        self.bitmap, self.resume_acked = None, False
+        self.answers.begin_recovery()
         self.state.set(Status.POSTCOPY_RECOVER_SETUP, Status.POSTCOPY_RECOVER)
         name = self.ram.name
         trace.ram_dirty_bitmap_request(name)
         trace.savevm_send_recv_bitmap(name)
         out.command(Command.RECV_BITMAP, wire.short_string(name))
-        out.wait_for(lambda: self.bitmap is not None, "the received bitmap")
-        if self.bitmap is not None:
-            self._pages.continue_on(out, self.bitmap)
+        out.wait_for(lambda: self.answers.received is not None, "the received bitmap")
+        if self.answers.received is not None:
+            self._pages.continue_on(out, self.answers.received)
         trace.ram_dirty_bitmap_reload_complete(name)
         trace.savevm_send_postcopy_resume()
         out.command(Command.POSTCOPY_RESUME)
-        out.wait_for(lambda: self.resume_acked, "RESUME_ACK")
+        out.wait_for(lambda: self.answers.resume_acked, "RESUME_ACK")
         self.state.set(Status.POSTCOPY_RECOVER, Status.POSTCOPY_ACTIVE)
         trace.postcopy_pause_continued()
 
@@ -198,7 +204,7 @@ class Source(Engine):
             trace.open_return_path_on_source_continue()
             trace.savevm_send_open_return_path()
             out.command(Command.OPEN_RETURN_PATH)
-            self.rp_open = True
+            self.answers.is_open = True
             out.ping(wire.PING_RETURN_PATH)
         if options.postcopy_ram:
             trace.qemu_savevm_send_postcopy_advise()
@@ -219,7 +225,7 @@ class Source(Engine):
         out.drain()
         if options.uses_return_path:
             # The destination answers when it has compared everything with what it has.
-            out.wait_for(lambda: wire.PING_RETURN_PATH in self.pongs, "the first PONG")
+            out.wait_for(lambda: wire.PING_RETURN_PATH in self.answers.pongs, "the first PONG")
         self.state.set(Status.SETUP, Status.ACTIVE)
         trace.migration_thread_setup_complete()
 
@@ -301,7 +307,7 @@ class Source(Engine):
         trace.postcopy_start_set_run()
         self._pages.enter_postcopy()
         out.loop.forget(self.guest.pidfd)  # a dead source guest is no loss any more
-        out.wait_for(lambda: wire.PING_PACKAGE in self.pongs, "the answer to the package")
+        out.wait_for(lambda: wire.PING_PACKAGE in self.answers.pongs, "the answer to the package")
         self.release_announcements()
         self.state.set(Status.POSTCOPY_DEVICE, Status.POSTCOPY_ACTIVE)
 
@@ -316,7 +322,7 @@ class Source(Engine):
             value = 0x100 + ahead
             self._out.ping(value)
             self._out.drain()
-            self._out.wait_for(lambda value=value: value in self.pongs, "the discards")  # type: ignore[misc]
+            self._out.wait_for(lambda value=value: value in self.answers.pongs, "the discards")  # type: ignore[misc]
             self._check_cancel()
             if count <= _FEW_DISCARDS:
                 return
@@ -340,12 +346,20 @@ class Source(Engine):
         return len(commands)
 
     def _stop_guest(self) -> None:
-        vcpu = self.guest.vcpu
-        self._require(self.state.set(Status.ACTIVE, Status.DEVICE))
+        vcpu, waits = self.guest.vcpu, self.options.pause_before_switchover
+        new = Status.PRE_SWITCHOVER if waits else Status.DEVICE
+        self._require(self.state.set(Status.ACTIVE, new))
         self.trace.runstate_set(9, "running", 7, "finish-migrate")
         vcpu.stop()
         stopped = vcpu.words[Word.STOPPED_NS]
         self.trace.guest_stopped(stopped, vcpu.words[Word.STEP])
+        if waits:
+            self.release_announcements()
+            while not self.continue_asked:
+                self._out.loop.turn(1.0)
+                self._check_cancel()
+            self.hold_announcements()
+            self._require(self.state.set(Status.PRE_SWITCHOVER, Status.DEVICE))
 
     def _send_package(self) -> None:
         trace, out = self.trace, self._out
@@ -405,15 +419,12 @@ class Source(Engine):
             out.drain()
             self._pages.account()
             trace.migration_completion_postcopy_end_after_complete()
-        if self.rp_open:
-            self._close_return_path(current)
-            if self.rp_error:
-                raise MigrationError(
-                    "the return path broke before the destination closed it"
-                    if self.rp_error == _RP_BROKE
-                    else f"the destination closed the return path with error {self.rp_error}"
-                )
+        if self.answers.is_open:
+            self.answers.close(self._await_shut, may_break=current == Status.POSTCOPY_ACTIVE)
+            if self.answers.rp_error:
+                raise MigrationError(self.answers.reason)
         self._pages.count_bytes()
+        self.release_announcements()
         self._require(self.state.set(current, Status.COMPLETED))
 
     def _complete_precopy(self) -> None:
@@ -430,60 +441,18 @@ class Source(Engine):
         out.raw(wire.device_state(CPU_SECTION, state) + wire.END_OF_STREAM)
         out.drain()
 
-    def _close_return_path(self, current: Status) -> None:
-        """Wait for the destination's SHUT; a path that breaks instead is an rp_error too.
-
-        In post-copy a break is no end: then :class:`ConnectionError` is raised.
-        """
-        self.trace.migration_return_path_end_before()
-        broken = False
-        try:
-            self._out.wait_for(lambda: self.rp_error is not None, "SHUT", 60.0)
-        except ConnectionError:
-            if current == Status.POSTCOPY_ACTIVE:
-                raise
-            broken = True
-        self._return_path_ended(broken=broken)
-
-    def _return_path_ended(self, *, broken: bool) -> None:
-        trace = self.trace
-        if broken and self.rp_error is None:
-            trace.source_return_path_thread_bad_end()
-            self.rp_error = _RP_BROKE
-        else:
-            trace.source_return_path_thread_end()
-        trace.migration_return_path_end_after(self.rp_error or 0)
-        self.rp_open = False
-
-    def _abandon_return_path(self, *, broken: bool) -> None:
-        """Close a return path that is still open when the migration has come to nothing."""
-        if self.rp_open:
-            self.trace.migration_return_path_end_before()
-            self._return_path_ended(broken=broken)
+    def _await_shut(self) -> None:
+        self._out.wait_for(lambda: self.answers.rp_error is not None, "SHUT", 60.0)
 
     # What comes from elsewhere.
 
     def _on_message(self, message: Incoming) -> None:
-        if isinstance(message, PageRequest):
-            self._pages.serve(message)
-            return
-        match message:
-            case Value(Message.PONG, value):
-                self.trace.source_return_path_thread_pong(value)
-                self.pongs.add(value)
-            case Value(Message.RESUME_ACK, value):
-                self.trace.source_return_path_thread_resume_ack(value)
-                self.resume_acked = value == return_path.RESUME_ACK_VALUE
-            case Bitmap(name, data):
-                self.trace.ram_dirty_bitmap_reload_begin(name)
-                self.bitmap = bitmap.decode(data, self.guest.layout)
-            case Value(Message.SHUT, error):
-                self.trace.source_return_path_thread_shut(error)
-                self.rp_error = error
-                if error and not self.committed:
-                    raise MigrationError(f"the destination gave up with error {error}")
-            case _:
-                raise ProtocolError(f"the destination sent {message} out of turn")
+        self.answers.take(message)
+        if self.answers.gave_up and not self.committed:
+            raise MigrationError(self.answers.reason)
+
+    def _serve(self, request: PageRequest) -> None:
+        self._pages.serve(request)
 
     def _guest_died(self) -> None:
         raise MigrationError("the source guest died: " + (self.guest.vcpu.error() or "killed"))
@@ -501,7 +470,7 @@ class Source(Engine):
         self.release_announcements()
         before = self.state.status
         self.state.set(before, Status.CANCELLING)
-        self._abandon_return_path(broken=False)
+        self.answers.abandon(broken=False)
         self._resume_guest()
         self.state.set(Status.CANCELLING, Status.CANCELLED)
 
@@ -513,8 +482,7 @@ class Source(Engine):
                 self.out.read_rest()  # a SHUT may have come before the channel was seen to break
         trace, before = self.trace, self.state.status
         stream_error = isinstance(error, OSError)
-        said_shut = bool(self.rp_error) and self.rp_error != _RP_BROKE
-        broken = isinstance(error, OSError | ProtocolError) and self.rp_error is None
+        broken = isinstance(error, OSError | ProtocolError) and self.answers.rp_error is None
         if before == Status.POSTCOPY_DEVICE and self.committed and broken:
             # The destination may have run the guest: only a recovery can tell.
             self.state.set(before, Status.POSTCOPY_ACTIVE)
@@ -526,13 +494,13 @@ class Source(Engine):
             self.control.event("ERROR", desc=str(error) or type(error).__name__)
             if stream_error and not self.completing:
                 trace.migration_thread_file_err()
-            elif stream_error and not self.rp_open:
+            elif stream_error and not self.answers.is_open:
                 trace.migration_completion_file_err()
-            self._abandon_return_path(broken=stream_error or isinstance(error, ProtocolError))
+            self.answers.abandon(broken=stream_error or isinstance(error, ProtocolError))
             self.state.set(before, Status.FAILED)
         # A destination that gives up before it has run the guest has ended its own.
-        given_back = said_shut and before in (Status.DEVICE, Status.POSTCOPY_DEVICE)
-        if not self.committed or (given_back and wire.PING_PACKAGE not in self.pongs):
+        given_back = self.answers.gave_up and before in (Status.DEVICE, Status.POSTCOPY_DEVICE)
+        if not self.committed or (given_back and wire.PING_PACKAGE not in self.answers.pongs):
             self._resume_guest()
 
     def _resume_guest(self) -> None:
