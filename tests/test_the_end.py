@@ -24,6 +24,7 @@ def start(tmp_path):
         options = {"probe": "off", "rate": 2000, "postcopy": "off", **options}
         made.append(Session("random", "16MiB", path=tmp_path / f"run{len(made)}", **options))
         made[-1].start()
+        made[-1].await_status(Status.ACTIVE)
         return made[-1]
 
     yield make

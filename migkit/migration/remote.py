@@ -41,6 +41,7 @@ class EngineProcess:
         self.counters = Counters.create()
         self._trace_fd = create_buffer(name=f"migkit-trace-{role}")
         self._drain: Drain | None = None
+        self._draining = threading.Lock()  # the reading thread drains, whoever quits does so last
         self._answers: dict[int, dict[str, Any]] = {}
         self._next_id = 0
         self._changed = threading.Condition()
@@ -117,8 +118,9 @@ class EngineProcess:
 
     def drain(self) -> None:
         """Save what the engine has traced since the last time."""
-        if self._drain:
-            self._drain.pump()
+        with self._draining:
+            if self._drain:
+                self._drain.pump()
 
     def quit(self) -> None:
         """Let the engine end, by force if it must be, and save the rest of its trace."""
@@ -131,9 +133,10 @@ class EngineProcess:
             except OSError:
                 pass
         self.child.kill()
-        if self._drain:
-            self._drain.close()
-            self._drain = None
+        with self._draining:
+            if self._drain:
+                self._drain.close()
+                self._drain = None
 
     def close(self) -> None:
         """Quit and close everything."""

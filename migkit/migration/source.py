@@ -477,8 +477,8 @@ class Source(Engine):
     def _failed(self, error: Exception) -> None:
         """Say why, and let the guest run on unless it was handed over."""
         self.release_announcements()
-        if self.out and self.committed:
-            with contextlib.suppress(ProtocolError):
+        if self.out:
+            with contextlib.suppress(ProtocolError, MigrationError):
                 self.out.read_rest()  # a SHUT may have come before the channel was seen to break
         trace, before = self.trace, self.state.status
         stream_error = isinstance(error, OSError)
