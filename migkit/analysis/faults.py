@@ -231,15 +231,16 @@ def _cap_causes(rows: dict[str, Ints]) -> dict[str, int]:
 
 def _as_frame(rows: dict[str, Ints], guest: Guest, paused: Ints) -> pd.DataFrame:
     """Return rows as the table of the schema, in order of time."""
-    ts = np.where(rows["fault"] > 0, rows["fault"], rows["read"])
+    ts = _began_ns(rows)
     order = np.lexsort((rows["page"], ts))
     rows = {name: values[order] for name, values in rows.items()}
     ts = ts[order]
+    end = np.where(rows["running"] > 0, rows["running"], rows["placed"])
     data: dict[str, object] = {
         "ts_ns": ts,
         "time_s": (ts - guest.origin_ns) / 1e9,
         "offset": rows["page"] * guest.page_size,
-        "latency_us": _latency_us(rows),
+        "latency_us": np.where((ts > 0) & (end >= ts), (end - ts) / 1e3, np.nan),
         **{name: rows[name] for name in ("page", "tid", "messages")},
         **{name: _flags(rows[name]) for name in ("write", "kernel_mode", "zero")},
     }
@@ -250,7 +251,6 @@ def _as_frame(rows: dict[str, Ints], guest: Guest, paused: Ints) -> pd.DataFrame
     for stage in STAGES:
         data[f"{stage}_ns"] = pd.arrays.IntegerArray(rows[stage], rows[stage] == 0)
     data |= _durations_us(rows)
-    end = np.where(rows["running"] > 0, rows["running"], rows["placed"])
     data["outage_us"] = overlap_us(ts, end, paused)
     return schema.frame("faults", data)
 
@@ -259,13 +259,14 @@ def _flags(values: Ints) -> pd.arrays.BooleanArray:
     return pd.arrays.BooleanArray(values == 1, values == _NONE)
 
 
-def _latency_us(rows: dict[str, Ints]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    """Return how long each guest thread waited, by the kernel if it knows, else by the engine."""
-    kernel = np.where(rows["running"] > 0, rows["running"] - rows["fault"], _NONE)
-    seen = (rows["read"] > 0) & (rows["placed"] > 0)
-    user = np.where(seen, rows["placed"] - rows["read"], _NONE)
-    latency = np.where(kernel >= 0, kernel, user)
-    return np.where(latency >= 0, latency / 1e3, np.nan)
+def _began_ns(rows: dict[str, Ints]) -> Ints:
+    """Return when each wait began: at the fault, or at the reading of its message.
+
+    The message is the earlier one where the kernel's record is of a later try of the thread.
+    """
+    fault, read = rows["fault"], rows["read"]
+    both = (fault > 0) & (read > 0)
+    return np.where(both, np.minimum(fault, read), np.maximum(fault, read))
 
 
 def _durations_us(rows: dict[str, Ints]) -> dict[str, object]:

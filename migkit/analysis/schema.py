@@ -102,7 +102,8 @@ def _fault_columns() -> dict[str, Column]:
             "int64", "userfaultfd messages of this fault: signals repeat them; 0 in kernel rows"
         ),
         "latency_us": Column(
-            "float64", "how long the guest waited: running - fault (both), else placed - read, us"
+            "float64",
+            "how long the guest waited: from fault (else read) to running (else placed), us",
         ),
     }
     columns["outage_us"] = Column(
