@@ -232,7 +232,7 @@ def test_another_workload_at_the_destination_is_refused_before_the_switch(sessio
         attach = remote.EngineProcess.attach
 
         def attach_other(engine, guest, identity, options, events, file):
-            other = identity if engine.role == "source" else "migkit-random-two"
+            other = identity if engine.name == "source" else "migkit-random-two"
             attach(engine, guest, other, options, events, file)
 
         monkeypatch.setattr(remote.EngineProcess, "attach", attach_other)

@@ -1,13 +1,14 @@
-"""An engine as the session holds it: its process, its control socket, what it shares."""
+"""A process that the session steers: its control socket, its lifeline, what it shares."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,30 +24,124 @@ _START_TIMEOUT_S = 60.0
 _ANSWER_TIMEOUT_S = 30.0
 
 
-class EngineProcess:
-    """A source or a destination, alive from here to :meth:`close`."""
+class Remote:
+    """A child process with a control socket, alive from here to :meth:`close`.
+
+    It is started as ``python -m MODULE ARGUMENTS... CONTROL LIFELINE``, the last two being
+    descriptors: when the session is gone, so is the other end of the lifeline.
+    """
 
     def __init__(
-        self, role: str, log: Path, on_event: Callable[[str, dict[str, Any]], None]
+        self,
+        name: str,
+        module: str,
+        arguments: Sequence[str],
+        log: Path,
+        on_event: Callable[[str, dict[str, Any]], None],
     ) -> None:
-        """Start the process. ``on_event(role, message)`` gets its events, from :meth:`read`."""
-        self.role = role
+        """Start the process. ``on_event(name, message)`` gets its events, from :meth:`read`."""
+        self.name = name
+        self._command = module, arguments, log
         self._on_event = on_event
+        self._changed = threading.Condition()
+        self._next_id = 0
+        self._launch()
+
+    def _launch(self) -> None:
+        module, arguments, log = self._command
         outer, inner = socket.socketpair()
         self._lifeline, inner_lifeline = socket.socketpair()
         with inner, inner_lifeline:
             fds = [inner.fileno(), inner_lifeline.fileno()]
-            self.child = Child("migkit.migration", [role, *map(str, fds)], fds, log)
+            self.child = Child(module, [*arguments, *map(str, fds)], fds, log)
         self.control = ControlSocket(outer)
+        self._answers: dict[int, dict[str, Any]] = {}
+        self._ready = False
+        self.gone = False
+
+    def await_ready(self) -> None:
+        """Wait until the process says that it stands ready."""
+        self._await(lambda: self._ready, "readiness", _START_TIMEOUT_S)
+
+    def execute(self, command: str, **arguments: Any) -> dict[str, Any]:
+        """Have a command carried out; raises :class:`MigrationError` with the reason given."""
+        with self._changed:
+            self._next_id += 1
+            number = self._next_id
+        try:
+            self.control.send({"execute": command, "arguments": arguments, "id": number})
+        except OSError as error:
+            raise MigrationError(f"the {self.name} process is gone: {self._why()}") from error
+        self._await(lambda: number in self._answers, f"an answer to {command}", _ANSWER_TIMEOUT_S)
+        answer = self._answers.pop(number)
+        if "error" in answer:
+            raise MigrationError(f"{command}: {answer['error'].get('desc')}")
+        result: dict[str, Any] = answer.get("return", {})
+        return result
+
+    def _await(self, happened: Callable[[], bool], what: str, timeout_s: float) -> None:
+        """Wait until the reading thread has seen something."""
+        deadline = time.monotonic() + timeout_s
+        with self._changed:
+            while not happened():
+                left = deadline - time.monotonic()
+                if self.gone:
+                    raise MigrationError(f"the {self.name} process died: {self._why()}")
+                if left <= 0:
+                    raise MigrationError(f"{what} of the {self.name} did not come in {timeout_s} s")
+                self._changed.wait(min(left, 0.5))
+
+    def read(self) -> None:
+        """Take what the process sent; called by the session's one reading thread."""
+        messages = self.control.receive()
+        with self._changed:
+            if messages is None:
+                self.gone = True
+            for message in messages or []:
+                if message.get("event") == "READY":
+                    self._ready = True
+                elif "event" in message:
+                    self._on_event(self.name, message)
+                elif isinstance(message.get("id"), int):
+                    self._answers[message["id"]] = message
+            self._changed.notify_all()
+
+    def quit(self) -> None:
+        """Let the process end, by force if it must be."""
+        if not self.gone and self.child.pidfd >= 0:
+            with contextlib.suppress(OSError):
+                self.control.send({"execute": "quit"})
+                self.child.wait(5.0)
+        self.child.kill()
+
+    def close(self) -> None:
+        """Quit and close the sockets."""
+        self.quit()
+        self.gone = True
+        self._close_sockets()
+
+    def _close_sockets(self) -> None:
+        self.control.sock.close()
+        self._lifeline.close()
+
+    def _why(self) -> str:
+        words = self.child.last_words()
+        code = self.child.exit_code
+        return words or ("it still runs" if code is None else f"exit code {code}")
+
+
+class EngineProcess(Remote):
+    """A source or a destination, with the trace and the counters that it shares with us."""
+
+    def __init__(
+        self, role: str, log: Path, on_event: Callable[[str, dict[str, Any]], None]
+    ) -> None:
+        """Start the process; :meth:`attach` makes it an engine."""
         self.counters = Counters.create()
         self._trace_fd = create_buffer(name=f"migkit-trace-{role}")
         self._drain: Drain | None = None
         self._draining = threading.Lock()  # the reading thread drains, whoever quits does so last
-        self._answers: dict[int, dict[str, Any]] = {}
-        self._next_id = 0
-        self._changed = threading.Condition()
-        self.ready = False
-        self.gone = False
+        super().__init__(role, "migkit.migration", [role], log, on_event)
 
     def attach(
         self,
@@ -58,7 +153,7 @@ class EngineProcess:
     ) -> None:
         """Give the engine its guest; its trace goes to ``file``."""
         self._drain = Drain(map_buffer(self._trace_fd), file)
-        config = {
+        self._config = {
             "pid": guest.pid,
             "address": guest.info.address,
             "identity": identity,
@@ -69,52 +164,24 @@ class EngineProcess:
             "options": options.as_dict(),
             "events": sorted(events),
         }
-        fds = [*guest.fds, self._trace_fd, self.counters.fd]
-        socket.send_fds(self.control.sock, [json.dumps(config).encode()], fds)
-        self.await_(lambda: self.ready, "readiness", _START_TIMEOUT_S)
+        self._guest = guest
+        self._send_config(paused=False)
 
-    def execute(self, command: str, **arguments: Any) -> dict[str, Any]:
-        """Have a command carried out; raises :class:`MigrationError` with the engine's reason."""
-        with self._changed:
-            self._next_id += 1
-            number = self._next_id
-        try:
-            self.control.send({"execute": command, "arguments": arguments, "id": number})
-        except OSError as error:
-            raise MigrationError(f"the {self.role} process is gone: {self._why()}") from error
-        self.await_(lambda: number in self._answers, f"an answer to {command}", _ANSWER_TIMEOUT_S)
-        answer = self._answers.pop(number)
-        if "error" in answer:
-            raise MigrationError(f"{command}: {answer['error'].get('desc')}")
-        result: dict[str, Any] = answer.get("return", {})
-        return result
+    def restart(self) -> None:
+        """Put a new process in the place of one that died in post-copy, its migration paused.
 
-    def await_(self, happened: Callable[[], bool], what: str, timeout_s: float) -> None:
-        """Wait until the reading thread has seen something."""
-        deadline = time.monotonic() + timeout_s
-        with self._changed:
-            while not happened():
-                left = deadline - time.monotonic()
-                if self.gone:
-                    raise MigrationError(f"the {self.role} process died: {self._why()}")
-                if left <= 0:
-                    raise MigrationError(f"{what} of the {self.role} did not come in {timeout_s} s")
-                self._changed.wait(min(left, 0.5))
+        It goes on with the same guest, the same trace and the same counters.
+        """
+        self.child.kill()
+        self._close_sockets()
+        self._launch()
+        self._send_config(paused=True)
 
-    def read(self) -> None:
-        """Take what the engine sent; called by the session's one reading thread."""
-        messages = self.control.receive()
-        with self._changed:
-            if messages is None:
-                self.gone = True
-            for message in messages or []:
-                if message.get("event") == "READY":
-                    self.ready = True
-                elif "event" in message:
-                    self._on_event(self.role, message)
-                elif isinstance(message.get("id"), int):
-                    self._answers[message["id"]] = message
-            self._changed.notify_all()
+    def _send_config(self, *, paused: bool) -> None:
+        fds = [*self._guest.fds, self._trace_fd, self.counters.fd]
+        config = json.dumps({**self._config, "paused": paused})
+        socket.send_fds(self.control.sock, [config.encode()], fds)
+        self.await_ready()
 
     def drain(self) -> None:
         """Save what the engine has traced since the last time."""
@@ -124,15 +191,7 @@ class EngineProcess:
 
     def quit(self) -> None:
         """Let the engine end, by force if it must be, and save the rest of its trace."""
-        if self._drain is None and self.child.pidfd < 0:
-            return
-        if not self.gone:
-            try:
-                self.control.send({"execute": "quit"})
-                self.child.wait(5.0)
-            except OSError:
-                pass
-        self.child.kill()
+        super().quit()
         with self._draining:
             if self._drain:
                 self._drain.close()
@@ -140,16 +199,8 @@ class EngineProcess:
 
     def close(self) -> None:
         """Quit and close everything."""
-        self.quit()
-        self.gone = True
-        self.control.sock.close()
-        self._lifeline.close()
+        super().close()
         if self._trace_fd >= 0:
             self.counters.close()
             os.close(self._trace_fd)
             self._trace_fd = -1
-
-    def _why(self) -> str:
-        words = self.child.last_words()
-        code = self.child.exit_code
-        return words or ("it still runs" if code is None else f"exit code {code}")

@@ -371,7 +371,7 @@ class Session:
     def _on_death(self, engine: EngineProcess) -> None:
         with self._changed:
             if not self._ending:
-                self.errors.append(f"{engine.role}: the process died: {engine.child.last_words()}")
+                self.errors.append(f"{engine.name}: the process died: {engine.child.last_words()}")
             self._changed.notify_all()
 
     def _at_rest(self) -> bool:
