@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from migkit import Migration
+
 
 def _inventory():
     """What a run might leave behind: children, descriptors, shared memory, private folders."""
@@ -41,3 +43,18 @@ def huge_pages():
     yield
     if os.geteuid() == 0:
         setting.write_text(str(before))
+
+
+@pytest.fixture
+def session(tmp_path):
+    """Make migrations that are closed whatever happens; no probe unless asked for."""
+    made = []
+
+    def make(workload="random", memory="16MiB", **options):
+        options.setdefault("probe", "off")
+        made.append(Migration(workload, memory, path=tmp_path / f"run{len(made)}", **options))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()

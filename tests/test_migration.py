@@ -1,6 +1,5 @@
 """Real migrations between real processes; the oracle is the judge of each."""
 
-import itertools
 import os
 import random
 import signal
@@ -8,12 +7,13 @@ import time
 
 import numpy as np
 import pytest
+from observing import events_of, in_order, is_legal, walk
 
 import migkit
 from migkit.errors import MigrationError, OptionError
 from migkit.kernel.memory import huge_pages_free
 from migkit.migration.session import Session
-from migkit.migration.states import DESTINATION, SOURCE, Status
+from migkit.migration.states import Status
 from migkit.trace.simpletrace import read
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -21,43 +21,11 @@ pytestmark = pytest.mark.usefixtures("nothing_left")
 HUGE = 2 << 20
 
 
-@pytest.fixture
-def session(tmp_path):
-    """Make sessions that are closed whatever happens; no probe unless asked for."""
-    made = []
-
-    def make(workload="random", memory="16MiB", **options):
-        options.setdefault("probe", "off")
-        made.append(Session(workload, memory, path=tmp_path / f"run{len(made)}", **options))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
-
-
 def migrate(session):
     session.start()
     if session.options.postcopy == "manual":
         session.start_postcopy()
     return session.await_end(60)
-
-
-def statuses(session, role):
-    return [status for _, who, status in session.statuses if who == role]
-
-
-def events_of(session, role):
-    """The names of a side's events in the order of their times."""
-    trace = read(session.record().trace(role))
-    times = [(ts, name) for name, rows in trace.events.items() for ts in rows["ts_ns"].tolist()]
-    return [name for _, name in sorted(times)]
-
-
-def in_order(names, *wanted):
-    """Whether the wanted names come in this order, others between them."""
-    left = iter(names)
-    return all(name in left for name in wanted)
 
 
 @pytest.mark.parametrize("workload", ["memtest", "random", "hotset"])
@@ -80,30 +48,28 @@ def test_channels_and_transports_carry_the_same_guest(session, transport, preemp
 def test_precopy_alone_converges_when_the_guest_writes_slowly(session, return_path):
     s = session(rate=2000, postcopy="off", return_path=return_path)
     assert migrate(s) == Status.COMPLETED
-    assert "postcopy-active" not in statuses(s, "source")
+    assert "postcopy-active" not in walk(s, "source")
     assert s.verify()
 
 
 def test_precopy_that_does_not_converge_switches_by_itself(session):
     s = session("memtest", "64MiB", postcopy="auto", downtime_limit=0.0001)
     assert migrate(s) == Status.COMPLETED
-    assert "postcopy-active" in statuses(s, "source")
+    assert "postcopy-active" in walk(s, "source")
     assert s.query()["source"]["round"] > 2
 
 
 def test_post_copy_starts_after_a_time(session):
     s = session("memtest", postcopy="200 ms", downtime_limit=0.0)
     assert migrate(s) == Status.COMPLETED
-    assert "postcopy-active" in statuses(s, "source")
+    assert "postcopy-active" in walk(s, "source")
 
 
 def test_states_follow_the_tables(session):
     s = session(postcopy="1 round")
     migrate(s)
-    for role, table in (("source", SOURCE), ("destination", DESTINATION)):
-        walk = [Status.NONE, *map(Status, statuses(s, role))]
-        assert all(new in table[old] for old, new in itertools.pairwise(walk)), walk
-    assert statuses(s, "source") == [
+    is_legal(s)
+    assert walk(s, "source") == [
         "setup", "active", "device", "postcopy-device", "postcopy-active", "completed",
     ]  # fmt: skip
 

@@ -1,7 +1,6 @@
 """Post-copy that breaks, is paused and recovers; the oracle is the judge of each."""
 
 import contextlib
-import itertools
 import os
 import signal
 import struct
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from observing import await_, events_of, in_order, is_legal, walk
 
 import migkit
 from migkit.errors import MigrationError, ProtocolError
@@ -19,50 +19,29 @@ from migkit.migration import bitmap, wire
 from migkit.migration.channel import connect
 from migkit.migration.remote import EngineProcess
 from migkit.migration.session import Session
-from migkit.migration.states import DESTINATION, SOURCE, Status
+from migkit.migration.states import Status
 from migkit.migration.wire import BlockLayout
 from migkit.trace.simpletrace import read
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
 HUGE = 2 << 20
+SLOW = {"rate": 3000, "max_postcopy_bandwidth": "24MiB"}
 
 
 @pytest.fixture
-def paused(tmp_path):
-    """Make sessions that are in the middle of post-copy, held up by a rate limit."""
-    made = []
+def paused(session):
+    """Make migrations that are in the middle of post-copy, held up by a rate limit."""
 
     def make(workload="random", memory="32MiB", **options):
-        options = {"probe": "off", "rate": 3000, "max_postcopy_bandwidth": "24MiB", **options}
-        s = Session(workload, memory, path=tmp_path / f"run{len(made)}", **options)
-        made.append(s)
+        s = session(workload, memory, **{**SLOW, **options})
         s.start()
         s.start_postcopy()
-        await_(lambda: s.status == Status.POSTCOPY_ACTIVE)
+        s.await_status("postcopy-active")
         time.sleep(0.1)
         return s
 
-    yield make
-    for one in made:
-        one.close()
-
-
-def await_(happened, timeout_s=20.0):
-    deadline = time.monotonic() + timeout_s
-    while not happened():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
-def walk(session, role):
-    return [status for _, who, status in session.statuses if who == role]
-
-
-def is_legal(session):
-    for role, table in (("source", SOURCE), ("destination", DESTINATION)):
-        states = [Status.NONE, *map(Status, walk(session, role))]
-        assert all(b in table[a] for a, b in itertools.pairwise(states)), states
+    return make
 
 
 @pytest.mark.parametrize("transport", ["unix", "tcp"])
@@ -96,12 +75,6 @@ def test_pause_and_recovery_emit_qemus_events_in_order(paused):
     s.await_end(20)
     s.recover()
     s.await_end(60)
-    folder = s.record()
-    names = {}
-    for role in ("source", "destination"):
-        trace = read(folder.trace(role))
-        times = [(t, n) for n, rows in trace.events.items() for t in rows["ts_ns"].tolist()]
-        names[role] = [name for _, name in sorted(times)]
     for role, wanted in {
         "source": [
             "ram_dirty_bitmap_request", "savevm_send_recv_bitmap", "ram_dirty_bitmap_reload_begin",
@@ -116,8 +89,7 @@ def test_pause_and_recovery_emit_qemus_events_in_order(paused):
             "postcopy_pause_incoming_continued", "postcopy_ram_listen_thread_exit",
         ],
     }.items():  # fmt: skip
-        left = iter(names[role])
-        assert all(name in left for name in wanted), (role, names[role])
+        assert in_order(events_of(s, role), *wanted), role
 
 
 def test_the_guest_waits_in_the_outage_and_goes_on_after_it(paused):

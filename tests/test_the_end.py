@@ -5,10 +5,10 @@ import signal
 import time
 
 import pytest
+from observing import events_of, in_order, runs_on
 
 import migkit
 from migkit.errors import MigrationError, OptionError
-from migkit.migration.session import Session
 from migkit.migration.states import Status
 from migkit.trace.simpletrace import read
 
@@ -16,42 +16,21 @@ pytestmark = pytest.mark.usefixtures("nothing_left")
 
 
 @pytest.fixture
-def start(tmp_path):
+def start(session):
     """Start migrations of a guest that pre-copy can follow."""
-    made = []
 
     def make(**options):
-        options = {"probe": "off", "rate": 2000, "postcopy": "off", **options}
-        made.append(Session("random", "16MiB", path=tmp_path / f"run{len(made)}", **options))
-        made[-1].start()
-        made[-1].await_status(Status.ACTIVE)
-        return made[-1]
+        s = session(**{"rate": 2000, "postcopy": "off", **options})
+        s.start()
+        s.await_status("active")
+        return s
 
-    yield make
-    for one in made:
-        one.close()
-
-
-def source_events(session):
-    trace = read(session.record().trace("source"))
-    times = [(ts, name) for name, rows in trace.events.items() for ts in rows["ts_ns"].tolist()]
-    return [name for _, name in sorted(times)]
+    return make
 
 
 def rp_errors(session):
     trace = read(session.record().trace("source"))
     return trace["migration_return_path_end_after"]["rp_error"].tolist()
-
-
-def in_order(names, *wanted):
-    left = iter(names)
-    return all(name in left for name in wanted)
-
-
-def runs_on(session):
-    before = session.query()["source"]["step"]
-    time.sleep(0.1)
-    return session.query()["source"]["step"] > before
 
 
 def await_status(session, status):
@@ -66,7 +45,7 @@ def test_completed_from_pre_copy_closes_the_return_path_only_if_there_is_one(sta
     s = start(return_path=return_path)
     assert s.await_end(30) == Status.COMPLETED
     assert rp_errors(s) == ([0] if return_path else [])
-    assert "migration_completion_file_err" not in source_events(s)
+    assert "migration_completion_file_err" not in events_of(s, "source")
 
 
 def test_a_destination_that_gives_up_in_pre_copy_is_an_rp_error(start):
@@ -77,7 +56,7 @@ def test_a_destination_that_gives_up_in_pre_copy_is_an_rp_error(start):
     assert s.verify()
     assert rp_errors(s) == [1]
     assert in_order(
-        source_events(s),
+        events_of(s, "source"),
         "source_return_path_thread_shut",
         "migration_return_path_end_before",
         "source_return_path_thread_end",
@@ -96,7 +75,7 @@ def test_a_destination_that_gives_up_at_the_very_end_is_an_rp_error_and_the_gues
     assert runs_on(s)
     assert s.verify()
     assert rp_errors(s) == [1]
-    names = source_events(s)
+    names = events_of(s, "source")
     assert in_order(
         names,
         "migration_thread_low_pending",
@@ -116,7 +95,7 @@ def test_a_return_path_that_breaks_in_pre_copy_is_an_rp_error(start):
     assert runs_on(s)
     assert rp_errors(s) == [-1]
     assert in_order(
-        source_events(s),
+        events_of(s, "source"),
         "migration_thread_file_err",
         "migration_return_path_end_before",
         "source_return_path_thread_bad_end",
@@ -130,7 +109,7 @@ def test_a_stream_that_breaks_without_a_return_path_is_a_file_err(start):
     s.await_end(30)
     await_status(s, Status.FAILED)
     assert runs_on(s)
-    names = source_events(s)
+    names = events_of(s, "source")
     assert "migration_thread_file_err" in names
     assert rp_errors(s) == []
 

@@ -53,6 +53,11 @@ class GuestProcess:
         return hasattr(self, "vcpu")
 
     @property
+    def is_alive(self) -> bool:
+        """Whether the process still runs."""
+        return self.child.exit_code is None
+
+    @property
     def pid(self) -> int:
         """The process id."""
         return self.child.pid

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from migkit.errors import ProtocolError
 from migkit.migration import bitmap, return_path
-from migkit.migration.return_path import Bitmap, Incoming, Message, PageRequest, Value
+from migkit.migration.return_path import Bitmap, Incoming, Message, Value
 from migkit.migration.wire import BlockLayout
 from migkit.trace.emit import Tracer
 
@@ -23,13 +23,10 @@ BROKE = -1
 class Answers:
     """All that a destination has said, over all channels of one migration."""
 
-    def __init__(
-        self, trace: Tracer, layout: BlockLayout, on_request: Callable[[PageRequest], None]
-    ) -> None:
-        """Begin before the return path is opened; ``on_request`` gets the requests for pages."""
+    def __init__(self, trace: Tracer, layout: BlockLayout) -> None:
+        """Begin before the return path is opened."""
         self._trace = trace
         self._layout = layout
-        self._on_request = on_request
         self.is_open = False
         self.pongs: set[int] = set()
         self.rp_error: int | None = None
@@ -37,10 +34,7 @@ class Answers:
         self.resume_acked = False
 
     def take(self, message: Incoming) -> None:
-        """Take a message off the return path."""
-        if isinstance(message, PageRequest):
-            self._on_request(message)
-            return
+        """Take a message off the return path that is no request for a page."""
         trace = self._trace
         match message:
             case Value(Message.PONG, value):

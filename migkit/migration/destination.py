@@ -21,15 +21,14 @@ from migkit.kernel.userfaultfd import Register
 from migkit.migration import bitmap, return_path, states, wire
 from migkit.migration.control import ControlSocket
 from migkit.migration.engine import Attachment, Deadline, Engine
-from migkit.migration.framing import runs_of
 from migkit.migration.inbound import Inbound
+from migkit.migration.loading import Loader, require_same, require_same_blocks
 from migkit.migration.loop import Loop
 from migkit.migration.placing import HostPages, Placer
 from migkit.migration.records import Page, Pages
 from migkit.migration.return_path import Message
 from migkit.migration.serving import MAIN, PREEMPT, FaultServer
 from migkit.migration.states import POSTCOPY_ORDER, PostcopyState, Status
-from migkit.migration.stats import Counter
 from migkit.migration.stream import (
     CommandReceived,
     Configuration,
@@ -60,7 +59,7 @@ class Destination(Engine):
             "migrate-recover": self.recover,
             "migrate-pause": self.pause,
         }
-        self.placer = Placer(self.guest)
+        self.placer = Placer(self.guest, self.pages)
         self.postcopy = PostcopyState.NONE
         self.loop = Loop()
         self.inbound = Inbound(
@@ -73,10 +72,17 @@ class Destination(Engine):
             last_fault=lambda: self.server.last_fault,
         )
         self.server = FaultServer(
-            self.guest, self.placer, self.counters, self.trace, self.loop, self.inbound.send
+            self.guest,
+            self.placer,
+            self.pages,
+            self.counters,
+            self.trace,
+            self.loop,
+            self.inbound.send,
         )
         self._main_pages = HostPages(self.ram.page_size)
         self._preempt_pages = HostPages(self.ram.page_size)
+        self.loader = Loader(self.ram, self.placer, self._main_pages, self.counters, self.trace)
         self._rp_open = False
         self._guest_seen = False
         self._stream_ended = False
@@ -85,6 +91,23 @@ class Destination(Engine):
         self._broken: Exception | None = None
         self.loop.watch(control.fileno(), self.read_control, rank=3)
         self.loop.watch(self.guest.pidfd, self._guest_died, rank=4)
+        if attachment.paused_ns:
+            self._take_over()
+
+    def _take_over(self) -> None:
+        """Go on in the place of an engine that died while the guest ran here.
+
+        What it had read of faults died with it: the guest's threads are woken, so that they
+        fault, and tell, again.
+        """
+        self.postcopy = PostcopyState.RUNNING
+        self.placer.took_over = True
+        self.server.asks = False
+        self.inbound.take_over()
+        self._rp_open = True
+        self._listen_for_faults()
+        self.loop.watch(self.guest.vcpu.ack_fd, self._see_guest, rank=5)
+        self.guest.uffd.wake(self.guest.address, self.ram.size)
 
     # Commands.
 
@@ -186,7 +209,7 @@ class Destination(Engine):
         """Tell which pages are here, after a break."""
         name = data[1:].decode(errors="replace")
         self.trace.loadvm_handle_recv_bitmap(name)
-        self._check("RAM block of the bitmap", name, self.ram.name)
+        require_same("RAM block of the bitmap", name, self.ram.name)
         raw = bitmap.encode(self.placer.received, self.guest.layout)
         self.trace.migrate_send_rp_message(Message.RECV_BITMAP, 1 + len(name))
         self.inbound.send(return_path.received_bitmap(name, raw))
@@ -212,15 +235,15 @@ class Destination(Engine):
                 if self._listening:
                     self.server.place(event, self._main_pages, MAIN)
                 else:
-                    self._write(event)
+                    self.loader.write(event)
             case SectionBegins() | SectionEnds() | Header():
                 pass
             case CommandReceived(command, data):
                 self._command(command, data)
             case Configuration(machine):
-                self._check("workload (machine type)", machine, self.guest.identity)
+                require_same("workload (machine type)", machine, self.guest.identity)
             case RamSetup(blocks):
-                self._check_blocks(blocks)
+                require_same_blocks(blocks, self.guest.layout)
             case Packaged(blob):
                 self._package(blob)
             case DeviceState(_, data):
@@ -248,10 +271,12 @@ class Destination(Engine):
                 trace.loadvm_postcopy_handle_advise()
                 self._go(PostcopyState.ADVISE)
                 summary, target = struct.unpack(">QQ", data)
-                self._check("host page sizes", summary, self.ram.page_size)
-                self._check("target page size", target, wire.TARGET_PAGE)
+                require_same("host page sizes", summary, self.ram.page_size)
+                require_same("target page size", target, wire.TARGET_PAGE)
             case Command.POSTCOPY_RAM_DISCARD:
-                self._discard(data)
+                trace.loadvm_postcopy_ram_handle_discard()
+                self._go(PostcopyState.DISCARD)
+                self.loader.discard(data)
             case Command.PACKAGED:
                 trace.loadvm_handle_cmd_packaged(int.from_bytes(data, "big"))
             case Command.POSTCOPY_LISTEN:
@@ -265,61 +290,6 @@ class Destination(Engine):
             case Command.POSTCOPY_RESUME:
                 self._resume()
 
-    def _check(self, what: str, theirs: object, ours: object) -> None:
-        if theirs != ours:
-            raise MigrationError(f"{what}: the source has {theirs}, the destination has {ours}")
-
-    def _check_blocks(self, blocks: tuple[wire.BlockLayout, ...]) -> None:
-        ours = self.guest.layout
-        names = ", ".join(block.name for block in blocks)
-        self._check("RAM blocks", names, ours.name)
-        self._check(f"size of RAM block {ours.name}", blocks[0].size, ours.size)
-        self._check(f"page size of RAM block {ours.name}", blocks[0].page_size, ours.page_size)
-
-    def _write(self, pages: Pages) -> None:
-        """Load pages before post-copy, while no guest runs."""
-        zero = pages.address == 0
-        source = self._main_pages
-        if source.huge:
-            for page, data in source.assemble(pages):
-                self.placer.write(np.array((page,)), data)
-                self._loaded(1, zero=data is None)
-        else:
-            numbers = pages.offsets // wire.TARGET_PAGE
-            self.placer.write(numbers, None if zero else source.strip(pages))
-            self._loaded(len(numbers), zero=zero)
-        if self.trace.on("ram_load_range"):
-            self._trace_load(pages)
-
-    def _loaded(self, count: int, *, zero: bool) -> None:
-        self.counters[Counter.PRECOPY_PAGES] += count
-        if zero:
-            self.counters[Counter.ZERO_PAGES] += count
-
-    def _trace_load(self, pages: Pages) -> None:
-        zero = pages.address == 0
-        for first, count in runs_of(pages.offsets // wire.TARGET_PAGE):
-            self.trace.ram_load_range(
-                self.ram.name, first * wire.TARGET_PAGE, count * wire.TARGET_PAGE, zero
-            )
-
-    def _discard(self, data: bytes) -> None:
-        trace = self.trace
-        trace.loadvm_postcopy_ram_handle_discard()
-        self._go(PostcopyState.DISCARD)
-        name_end = 2 + data[1] if len(data) > 1 else 0
-        ranges = data[name_end + 1 :]
-        if len(data) < 3 or data[0] != 0 or len(ranges) % 16 or len(ranges) > 16 * 12:
-            raise ProtocolError(f"a discard of {len(data)} bytes, version {data[:1].hex()}")
-        name = data[2:name_end].decode(errors="replace")
-        self._check("RAM block to discard from", name, self.ram.name)
-        trace.loadvm_postcopy_ram_handle_discard_header(name, len(ranges))
-        for start, length in struct.iter_unpack(">QQ", ranges):
-            self.placer.discard(start, length)
-            self.counters[Counter.DISCARDED_PAGES] += length // self.ram.page_size
-            trace.ram_discard_range(name, start, length)
-        trace.loadvm_postcopy_ram_handle_discard_end()
-
     def _package(self, blob: bytes) -> None:
         self.hold_announcements()
         self.trace.loadvm_handle_cmd_packaged_received(0)
@@ -329,23 +299,26 @@ class Destination(Engine):
         self.trace.process_incoming_migration_co_postcopy_end_main()
 
     def _load_cpu(self, data: bytes) -> None:
-        self._check("size of the CPU state", len(data), self.guest.state_size)
+        require_same("size of the CPU state", len(data), self.guest.state_size)
         self.guest.vcpu.store_state(data)
 
     # Post-copy.
 
     def _listen(self) -> None:
         """From here on faults of the guest are ours, and pages are placed atomically."""
-        trace, guest = self.trace, self.guest
-        trace.loadvm_postcopy_handle_listen("")
+        self.trace.loadvm_postcopy_handle_listen("")
         self._go(PostcopyState.LISTENING)
+        self._listen_for_faults()
+        self.state.set(Status.ACTIVE, Status.POSTCOPY_ACTIVE)
+        self.trace.postcopy_ram_listen_thread_start()
+
+    def _listen_for_faults(self) -> None:
+        trace, guest = self.trace, self.guest
         trace.postcopy_ram_fault_thread_entry()
         guest.uffd.register(guest.address, guest.ram.size, Register.MISSING)
         trace.postcopy_ram_enable_notify()
         self.loop.watch(guest.uffd.fd, self.server.read_faults, rank=0, urgent=True)
-        self.state.set(Status.ACTIVE, Status.POSTCOPY_ACTIVE)
         self._listening = self.inbound.listening = True
-        trace.postcopy_ram_listen_thread_start()
 
     def _run_guest(self) -> None:
         self.trace.loadvm_postcopy_handle_run()
@@ -449,6 +422,8 @@ class Destination(Engine):
         """Report; before the switch nothing is lost, after it what came is kept."""
         self.release_announcements()
         self.control.event("ERROR", desc=str(error) or type(error).__name__)
+        if self.state.status == Status.COMPLETED:
+            return  # the guest is here, whole; a source that came again for a SHUT is still unsure
         self.state.set(self.state.status, Status.FAILED)
         if self.postcopy not in (PostcopyState.RUNNING, PostcopyState.END):
             # As a QEMU that fails to load exits: the source may then run its guest again.

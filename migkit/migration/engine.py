@@ -18,12 +18,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from migkit.errors import MigkitError, MigrationError
 from migkit.guest.vcpu import VCpu
 from migkit.kernel.memory import RamBlock
 from migkit.kernel.userfaultfd import Userfaultfd
 from migkit.migration.control import ControlSocket, event_message
 from migkit.migration.options import Options
+from migkit.migration.pagemap import PageMap
 from migkit.migration.states import StateMachine, Status
 from migkit.migration.stats import Counters
 from migkit.migration.wire import BlockLayout
@@ -60,6 +64,9 @@ class Attachment:
     options: Options
     trace: Tracer
     counters: Counters
+    pages: npt.NDArray[np.bool_]  # the rows of a page map
+    paused_ns: int
+    """When the engine died in whose place we are in a paused migration; 0: there was none."""
 
 
 class Engine:
@@ -75,7 +82,11 @@ class Engine:
         self.options = attachment.options
         self.trace = attachment.trace
         self.counters = attachment.counters.words
+        self.pages = attachment.pages
         self.state = StateMachine(self.transitions, self._announce)
+        if attachment.paused_ns:
+            self.state = StateMachine(self.transitions, self._announce, Status.POSTCOPY_PAUSED)
+            self.trace.migrate_set_state(Status.POSTCOPY_PAUSED.value, ts=attachment.paused_ns)
         self.commands: dict[str, Callable[..., object]] = {"query-migrate": self.query}
         self.quitting = False
         self._busy = False
@@ -167,20 +178,22 @@ def attach(control: ControlSocket) -> Attachment:
     """Receive the session's first message with its descriptors."""
     data, fds, _, _ = socket.recv_fds(control.sock, 1 << 20, _MAX_FDS)
     config = json.loads(data)
-    ram_fd, page_fd, kick_fd, ack_fd, uffd, trace_fd, counters_fd = fds
+    ram_fd, page_fd, kick_fd, ack_fd, uffd, trace_fd, counters_fd, map_fd = fds
+    ram = RamBlock(config["block"], ram_fd, config["memory"], config["page_size"])
     guest = GuestParts(
         pid=config["pid"],
         pidfd=os.pidfd_open(config["pid"]),
         address=config["address"],
         identity=config["identity"],
         state_size=config["state_size"],
-        ram=RamBlock(config["block"], ram_fd, config["memory"], config["page_size"]),
+        ram=ram,
         vcpu=VCpu(page_fd, kick_fd, ack_fd),
         uffd=Userfaultfd(uffd),
     )
     options = Options.from_dict(config["options"])
     trace = Tracer(map_buffer(trace_fd), config["events"], tid=threading.get_native_id())
-    return Attachment(guest, options, trace, Counters(counters_fd))
+    rows = PageMap(map_fd, ram.n_pages).rows()
+    return Attachment(guest, options, trace, Counters(counters_fd), rows, config["paused_ns"])
 
 
 class Deadline:

@@ -112,6 +112,10 @@ class Inbound:
         self.decoder = self.decoder.continued()
         self.preempt_decoder = PreemptDecoder(self._blocks)
 
+    def take_over(self) -> None:
+        """Expect the rest of a stream that an engine before us has begun to read."""
+        self.decoder = StreamDecoder.in_postcopy(self._blocks)
+
     def close(self) -> None:
         """Close everything."""
         self._stop_listening()

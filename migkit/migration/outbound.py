@@ -24,8 +24,6 @@ from migkit.migration.return_path import Incoming, PageRequest, ReturnPathDecode
 from migkit.migration.wire import BlockLayout, Command
 from migkit.trace.emit import Tracer
 
-RAM_SECTION = 2
-CPU_SECTION = 3
 BATCH_BYTES = 1 << 20  # what is framed at once: 256 pages of 4 KiB
 _SECTION_BYTES = 16 << 20  # a section is closed now and then, so that its end shows in a trace
 _STALL_S = 30.0
@@ -148,22 +146,37 @@ class Outbound:
         self.end_section()
         self.main.send(data)
 
+    def package(self, state: bytes) -> None:
+        """Send the guest's CPU state, and with it the guest: LISTEN, state, RUN in one piece."""
+        trace = self.trace
+        trace.savevm_send_postcopy_listen()
+        trace.savevm_send_postcopy_run()
+        blob = (
+            wire.command(Command.POSTCOPY_LISTEN)
+            + wire.device_state(wire.CPU_SECTION, state)
+            + wire.ping(wire.PING_PACKAGE)
+            + wire.command(Command.POSTCOPY_RUN)
+        )
+        trace.qemu_savevm_send_packaged()
+        self.raw(wire.packaged(blob))
+        self.ping(wire.PING_LISTENING)
+
     def begin_section(self) -> None:
         """Begin a section of RAM if none is open."""
         if self._in_section and self.main.sent_bytes - self._section_sent > _SECTION_BYTES:
             self.end_section()
         if not self._in_section:
             self.trace.savevm_state_iterate()
-            self.trace.savevm_section_start("ram", RAM_SECTION)
-            self.main.send(wire.section_part(RAM_SECTION))
+            self.trace.savevm_section_start("ram", wire.RAM_SECTION)
+            self.main.send(wire.section_part(wire.RAM_SECTION))
             self._in_section = True
             self._section_sent = self.main.sent_bytes
 
     def end_section(self) -> None:
         """End the section of RAM if one is open."""
         if self._in_section:
-            self.main.send(wire.EOS + wire.section_footer(RAM_SECTION))
-            self.trace.savevm_section_end("ram", RAM_SECTION, 0)
+            self.main.send(wire.EOS + wire.section_footer(wire.RAM_SECTION))
+            self.trace.savevm_section_end("ram", wire.RAM_SECTION, 0)
             self._in_section = False
 
     def last_section(self) -> None:
@@ -176,11 +189,13 @@ class Outbound:
             self.preempt.send(wire.EOS)
         self._finished = True
         self.end_section()
-        self.trace.savevm_section_start("ram", RAM_SECTION)
+        self.trace.savevm_section_start("ram", wire.RAM_SECTION)
         self.main.send(
-            wire.section_part(RAM_SECTION, end=True) + wire.EOS + wire.section_footer(RAM_SECTION)
+            wire.section_part(wire.RAM_SECTION, end=True)
+            + wire.EOS
+            + wire.section_footer(wire.RAM_SECTION)
         )
-        self.trace.savevm_section_end("ram", RAM_SECTION, 0)
+        self.trace.savevm_section_end("ram", wire.RAM_SECTION, 0)
 
     def pages(self, pages: Indices, present: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> int:
         """Send a batch of pages in ascending order, return how many of them were zero.

@@ -14,6 +14,7 @@ from migkit.errors import MigrationError, ProtocolError
 from migkit.kernel.memory import PAGE_SIZE
 from migkit.migration.engine import GuestParts
 from migkit.migration.framing import runs_of
+from migkit.migration.pagemap import Row
 from migkit.migration.records import RECORD_BYTES, Pages
 from migkit.migration.wire import TARGET_PAGE
 
@@ -21,16 +22,16 @@ from migkit.migration.wire import TARGET_PAGE
 class Placer:
     """Guest RAM as the destination fills it, with the received bitmap."""
 
-    def __init__(self, guest: GuestParts) -> None:
-        """Begin with nothing received."""
+    def __init__(self, guest: GuestParts, pages: npt.NDArray[np.bool_]) -> None:
+        """Take the rows of a page map; it says what was received before us."""
         self._ram = guest.ram
         self._uffd = guest.uffd
         self._address = guest.address
         self._size = guest.ram.page_size
-        self.received = np.zeros(guest.ram.n_pages, np.bool_)
+        self.received = pages[Row.RECEIVED]
         self._received = self.received.data  # the same bits, faster for one at a time
-        # Zero pages that came before post-copy: received, yet holes until the guest touches them.
-        self.holes = np.zeros(guest.ram.n_pages, np.bool_)
+        self.holes = pages[Row.HOLE]
+        self.took_over = False  # an engine before us may have placed a page and not said so
         self._zero = np.zeros(self._size if self._size > PAGE_SIZE else 0, np.uint8)
 
     def write(self, pages: npt.NDArray[np.int64], data: npt.NDArray[np.uint8] | None) -> None:
@@ -101,7 +102,7 @@ class Placer:
         self._uffd.wake(self._address + page * self._size, self._size)
 
     def _taken(self, page: int) -> None:
-        if not self.received[page]:
+        if not self.received[page] and not self.took_over:
             raise MigrationError(
                 f"page {page} was present before it was received: something other than "
                 "userfaultfd wrote to guest memory"

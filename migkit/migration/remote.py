@@ -17,6 +17,7 @@ from migkit.guest.handle import GuestProcess
 from migkit.kernel.process import Child
 from migkit.migration.control import ControlSocket
 from migkit.migration.options import Options
+from migkit.migration.pagemap import PageMap
 from migkit.migration.stats import Counters
 from migkit.trace.drain import Drain, create_buffer, map_buffer
 
@@ -71,13 +72,18 @@ class Remote:
         try:
             self.control.send({"execute": command, "arguments": arguments, "id": number})
         except OSError as error:
-            raise MigrationError(f"the {self.name} process is gone: {self._why()}") from error
+            raise MigrationError(f"the {self.name} process is gone: {self.last_words()}") from error
         self._await(lambda: number in self._answers, f"an answer to {command}", _ANSWER_TIMEOUT_S)
         answer = self._answers.pop(number)
         if "error" in answer:
             raise MigrationError(f"{command}: {answer['error'].get('desc')}")
         result: dict[str, Any] = answer.get("return", {})
         return result
+
+    def tell(self, command: str) -> None:
+        """Have a command carried out, if it can be, and do not wait for the answer."""
+        with contextlib.suppress(OSError):
+            self.control.send({"execute": command})
 
     def _await(self, happened: Callable[[], bool], what: str, timeout_s: float) -> None:
         """Wait until the reading thread has seen something."""
@@ -86,7 +92,7 @@ class Remote:
             while not happened():
                 left = deadline - time.monotonic()
                 if self.gone:
-                    raise MigrationError(f"the {self.name} process died: {self._why()}")
+                    raise MigrationError(f"the {self.name} process died: {self.last_words()}")
                 if left <= 0:
                     raise MigrationError(f"{what} of the {self.name} did not come in {timeout_s} s")
                 self._changed.wait(min(left, 0.5))
@@ -124,7 +130,8 @@ class Remote:
         self.control.sock.close()
         self._lifeline.close()
 
-    def _why(self) -> str:
+    def last_words(self) -> str:
+        """Say what is known of its end."""
         words = self.child.last_words()
         code = self.child.exit_code
         return words or ("it still runs" if code is None else f"exit code {code}")
@@ -134,10 +141,15 @@ class EngineProcess(Remote):
     """A source or a destination, with the trace and the counters that it shares with us."""
 
     def __init__(
-        self, role: str, log: Path, on_event: Callable[[str, dict[str, Any]], None]
+        self,
+        role: str,
+        n_pages: int,
+        log: Path,
+        on_event: Callable[[str, dict[str, Any]], None],
     ) -> None:
-        """Start the process; :meth:`attach` makes it an engine."""
+        """Start the process; :meth:`attach` makes it an engine for a guest of ``n_pages``."""
         self.counters = Counters.create()
+        self.pages = PageMap.create(n_pages)
         self._trace_fd = create_buffer(name=f"migkit-trace-{role}")
         self._drain: Drain | None = None
         self._draining = threading.Lock()  # the reading thread drains, whoever quits does so last
@@ -165,21 +177,21 @@ class EngineProcess(Remote):
             "events": sorted(events),
         }
         self._guest = guest
-        self._send_config(paused=False)
+        self._send_config(0)
 
-    def restart(self) -> None:
+    def restart(self, paused_ns: int) -> None:
         """Put a new process in the place of one that died in post-copy, its migration paused.
 
-        It goes on with the same guest, the same trace and the same counters.
+        It goes on with the same guest, the same trace, the same counters and page map.
         """
         self.child.kill()
         self._close_sockets()
         self._launch()
-        self._send_config(paused=True)
+        self._send_config(paused_ns)
 
-    def _send_config(self, *, paused: bool) -> None:
-        fds = [*self._guest.fds, self._trace_fd, self.counters.fd]
-        config = json.dumps({**self._config, "paused": paused})
+    def _send_config(self, paused_ns: int) -> None:
+        fds = [*self._guest.fds, self._trace_fd, self.counters.fd, self.pages.fd]
+        config = json.dumps({**self._config, "paused_ns": paused_ns})
         socket.send_fds(self.control.sock, [config.encode()], fds)
         self.await_ready()
 
@@ -202,5 +214,6 @@ class EngineProcess(Remote):
         super().close()
         if self._trace_fd >= 0:
             self.counters.close()
+            self.pages.close()
             os.close(self._trace_fd)
             self._trace_fd = -1

@@ -20,6 +20,7 @@ from migkit.migration import return_path, wire
 from migkit.migration.engine import GuestParts
 from migkit.migration.framing import runs_of
 from migkit.migration.loop import Loop
+from migkit.migration.pagemap import Row
 from migkit.migration.placing import HostPages, Placer, record_address
 from migkit.migration.records import Page, Pages
 from migkit.migration.return_path import Message
@@ -46,12 +47,13 @@ class FaultServer:
         self,
         guest: GuestParts,
         placer: Placer,
+        pages: npt.NDArray[np.bool_],
         counters: memoryview,
         trace: Tracer,
         loop: Loop,
         send: Callable[[bytes], None],
     ) -> None:
-        """Take the parts; ``send`` puts a message on the return path."""
+        """Take the parts; ``send`` puts a message on the return path, ``pages`` is a map's rows."""
         self._send = send
         self._loop = loop
         self._uffd = guest.uffd
@@ -62,9 +64,11 @@ class FaultServer:
         self._counters = counters
         self._trace = trace
         self._unnamed: str | None = guest.ram.name  # until the first request has named the block
-        self._requested_mask = np.zeros(guest.ram.n_pages, np.bool_)
+        self._requested_mask = pages[Row.REQUESTED]
+        self._requested_mask[:] = False
         # The same bits, faster for one at a time.
         self.requested = self._requested_mask.data
+        self._answered = pages[Row.ANSWERED].data
         self._received = placer.received.data
         self.asks = True  # not in an outage: then requests are kept for ask_again()
         self.last_fault = 0.0  # time.monotonic()
@@ -133,6 +137,7 @@ class FaultServer:
         # Where the guest shares our CPU, let it run now and not when our time slice is over.
         os.sched_yield()
         self.requested[page] = False
+        self._answered[page] = True
         self._answers.append((page, received, placed, PREEMPT, 0))
 
     def place(self, pages: Pages, source: HostPages, channel: int) -> None:
@@ -177,6 +182,7 @@ class FaultServer:
         waited = numbers[self._requested_mask[numbers]].tolist()
         for page in waited:
             self.requested[page] = False
+            self._answered[page] = True
             self._answers.append((page, received, placed, channel, kind))
         unasked = len(numbers) - len(waited)
         self._counters[Counter.BACKGROUND_PAGES] += unasked

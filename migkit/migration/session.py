@@ -1,8 +1,7 @@
 """A migration session: it starts guests, engines and probe, steers them and records what happens.
 
-The session never carries pages and never maps guest RAM. One thread of it reads the control
-sockets, samples the shared counters and saves the traces; it needs no help of those that it
-watches, so a guest that waits or an engine that was killed is still sampled and saved.
+The session never carries pages and never maps guest RAM. What happens it learns from its
+:class:`~migkit.migration.monitor.Monitor`.
 """
 
 from __future__ import annotations
@@ -10,10 +9,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import select
 import shutil
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -29,9 +26,10 @@ from migkit.guest.oracle import Verdict, verify
 from migkit.guest.spec import WorkloadSpec
 from migkit.guest.vcpu import Word
 from migkit.guest.workloads import Workload
+from migkit.migration.monitor import DESTINATION, ROLES, SOURCE, Monitor
 from migkit.migration.options import Options
 from migkit.migration.remote import EngineProcess
-from migkit.migration.states import ENDED, Status
+from migkit.migration.states import Status
 from migkit.migration.stats import Counter
 from migkit.probe.probe import Probe, ProbeResult, Watch
 from migkit.trace.folder import SAMPLES_DTYPE, RunFolder, host_facts
@@ -39,10 +37,7 @@ from migkit.trace.registry import Registry
 
 log = logging.getLogger(__name__)
 
-_SAMPLE_S = 0.02
 _WARM_UP_S = 0.05  # the guest runs a little before it is moved
-_SOURCE, _DESTINATION = "source", "destination"
-_AT_REST = ENDED | {Status.POSTCOPY_PAUSED}
 _NOT_RECOVERED = {Status.POSTCOPY_PAUSED, Status.FAILED, Status.POSTCOPY_RECOVER_SETUP}
 
 
@@ -71,21 +66,14 @@ class Session:
         self.spec = WorkloadSpec.of(workload, self.options.seed, params)
         self.events = Registry.load().select(self.options.trace)
         self.folder = RunFolder.create(path, self.spec.name)
-        self.statuses: list[tuple[int, str, str]] = []
-        self.errors: list[str] = []
-        self.notices: list[str] = []
         self._sockets: Path | None = None
         self._n_uris = 0
         self._open = contextlib.ExitStack()
-        self._samples: list[tuple[int, ...]] = []
-        self._changed = threading.Condition()
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
         self._guests: dict[str, GuestProcess] = {}
         self._engines: dict[str, EngineProcess] = {}
+        self._monitor = Monitor(self._guests, self._engines)
         self._probe: Probe | None = None
         self._probe_result: ProbeResult | None = None
-        self._ending = False
         self._recorded = False
 
     def __enter__(self) -> Self:
@@ -101,7 +89,7 @@ class Session:
 
         Raises :class:`CapabilityError` when the machine lacks something.
         """
-        if self._thread:
+        if self._monitor.started:
             raise MigrationError("this migration was started before; make a new one")
         try:
             self._start()
@@ -112,63 +100,82 @@ class Session:
     def _start(self) -> None:
         self._sockets = Path(tempfile.mkdtemp(prefix="migkit-"))
         cpus = self.options.cpu_list()
-        for role, populate, cpu in ((_SOURCE, True, cpus[0]), (_DESTINATION, False, cpus[3])):
+        for role, populate, cpu in ((SOURCE, True, cpus[0]), (DESTINATION, False, cpus[3])):
             config = GuestConfig(
                 self.spec, self.options.memory, self.options.page_size, self.options.rate,
                 populate=populate, cpu=cpu,
             )  # fmt: skip
             self._guests[role] = GuestProcess(config, self.folder.log(f"guest-{role}"))
-        for role in (_SOURCE, _DESTINATION):
-            self._engines[role] = EngineProcess(role, self.folder.log(role), self._on_event)
-        self._thread = threading.Thread(target=self._watch, name="migkit-session", daemon=True)
+        n_pages = self.options.memory // self.options.page_size
+        for role in ROLES:
+            log = self.folder.log(role)
+            self._engines[role] = EngineProcess(role, n_pages, log, self._monitor.hear)
         for guest in self._guests.values():
             guest.ready()
-        if self._guests[_DESTINATION].info.user_mode_only:
-            self.notices.append(
+        if self._guests[DESTINATION].info.user_mode_only:
+            self._monitor.notices.append(
                 "without root a guest's own system calls cannot wait for a page (EFAULT)"
             )
-        self._thread.start()
+        self._monitor.start()
         identity = self.spec.identity
         for role, engine in self._engines.items():
             file: BinaryIO = self._open.enter_context(self.folder.trace(role).open("wb"))
             engine.attach(self._guests[role], identity, self.options, self.events, file)
         self._start_probe()
         uri = self._have_it_listen("migrate-incoming")
-        self._guests[_SOURCE].vcpu.start()
+        self._guests[SOURCE].vcpu.start()
         time.sleep(_WARM_UP_S)
-        self._engines[_SOURCE].execute("migrate", uri=uri)
+        self._engines[SOURCE].execute("migrate", uri=uri)
 
     def start_postcopy(self) -> None:
         """Switch to post-copy now (``migrate-start-postcopy``)."""
-        self._engine(_SOURCE).execute("migrate-start-postcopy")
+        self._engine(SOURCE).execute("migrate-start-postcopy")
 
     def continue_(self) -> None:
         """Go on from ``pre-switchover``, where the guest stands still (``migrate-continue``)."""
-        self._engine(_SOURCE).execute("migrate-continue")
+        self._engine(SOURCE).execute("migrate-continue")
 
     def pause(self) -> None:
         """Break post-copy off (``migrate-pause``): both sides keep what they have."""
-        self._engine(_SOURCE).execute("migrate-pause")
+        self._engine(SOURCE).execute("migrate-pause")
 
     def recover(self, timeout_s: float = 30.0) -> None:
         """Go on with a paused migration over new channels (``migrate-recover``).
 
-        Returns once post-copy runs again. Raises :class:`MigrationError` when that failed: the
-        migration is paused as before and can be recovered again.
+        An engine that has died is replaced. Returns once post-copy runs again. Raises
+        :class:`MigrationError` when that failed: the migration is paused as before and can be
+        recovered again.
         """
-        source = self._engine(_SOURCE)
-        if not self._await(self._at_rest, timeout_s) or self.status != Status.POSTCOPY_PAUSED:
+        source, monitor = self._engine(SOURCE), self._monitor
+        if not monitor.wait_for(monitor.at_rest, timeout_s) or (
+            self.status != Status.POSTCOPY_PAUSED
+        ):
             raise MigrationError(f"there is nothing to recover: the migration is {self.status}")
+        self._replace_the_dead()
         uri = self._have_it_listen("migrate-recover")
         tried = len(self.statuses)
         source.execute("migrate", uri=uri, resume=True)
 
         def decided() -> bool:
-            new = {status for _, role, status in self.statuses[tried:] if role == _SOURCE}
-            return bool(new & {"postcopy-active", "postcopy-paused", "failed"}) or source.gone
+            outcomes = ("postcopy-active", "postcopy-paused", "failed")
+            return any(monitor.reached(SOURCE, status, tried) for status in outcomes)
 
-        if not self._await(decided, timeout_s) or self.status in _NOT_RECOVERED:
+        if not monitor.wait_for(decided, timeout_s) or self.status in _NOT_RECOVERED:
             raise MigrationError(f"the recovery failed, {self.status}: {self.notices[-1]}")
+
+    def _replace_the_dead(self) -> None:
+        guest = self._guests[DESTINATION]
+        lost = "the guest's memory is lost for good: the destination guest died in post-copy"
+        if not guest.is_alive:
+            raise MigrationError(lost)
+        for role, engine in self._engines.items():
+            if engine.gone:
+                try:
+                    engine.restart(self._monitor.since_ns(role))
+                except MigrationError as error:
+                    if guest.child.wait(1.0):  # its end takes a moment to be seen
+                        raise MigrationError(lost) from error
+                    raise
 
     def _have_it_listen(self, command: str) -> str:
         """Have the destination listen, for the source alone, at a new place; return where."""
@@ -176,30 +183,41 @@ class Session:
         if self.options.transport == "unix":
             self._n_uris += 1
             uri = f"unix:{self._sockets}/main{self._n_uris}"
-        source, destination = self._engine(_SOURCE), self._engine(_DESTINATION)
+        source, destination = self._engine(SOURCE), self._engine(DESTINATION)
         answer = destination.execute(command, uri=uri, peer=source.child.pid)
         return str(answer["uri"])
 
-    def _await(self, happened: Callable[[], bool], timeout_s: float) -> bool:
-        with self._changed:
-            return self._changed.wait_for(happened, timeout_s)
-
     def cancel(self) -> None:
         """Give up before the switchover (``migrate_cancel``): the source guest runs on."""
-        self._engine(_SOURCE).execute("migrate_cancel")
+        self._engine(SOURCE).execute("migrate_cancel")
 
     @property
     def status(self) -> Status:
         """The source's state, QMP's MigrationStatus."""
-        return self._status(_SOURCE)
+        return self._monitor.status(SOURCE)
+
+    @property
+    def statuses(self) -> list[tuple[int, str, str]]:
+        """Every state that a side has entered: (ts_ns, role, status)."""
+        return self._monitor.statuses
+
+    @property
+    def errors(self) -> list[str]:
+        """What failed, in words, the first first."""
+        return self._monitor.errors
+
+    @property
+    def notices(self) -> list[str]:
+        """What is to be known and is no failure: breaks, what is missing without root."""
+        return self._monitor.notices
 
     def query(self) -> dict[str, Any]:
         """Return the state and the counters so far, as ``query-migrate`` would."""
         result: dict[str, Any] = {"status": self.status.value, "errors": list(self.errors)}
         for role, engine in self._engines.items():
             result[role] = {c.name.lower(): engine.counters.words[c] for c in Counter}
-            result[role]["status"] = self._status(role).value
-            result[role]["step"] = self._step(role)
+            result[role]["status"] = self._monitor.status(role).value
+            result[role]["step"] = self._monitor.step(role)
         return result
 
     def await_end(
@@ -212,8 +230,7 @@ class Session:
         """
         deadline = time.monotonic() + timeout_s
         while True:
-            with self._changed:
-                at_rest = self._at_rest() or self._changed.wait_for(self._at_rest, 0.1)
+            at_rest = self._monitor.wait_for(self._monitor.at_rest, 0.1)
             if progress:
                 progress(self.query())
             if at_rest:
@@ -227,20 +244,23 @@ class Session:
         Raises :class:`MigrationError` when the migration comes to rest without it, and
         :class:`TimeoutError`.
         """
-
-        def entered() -> bool:
-            return any(role == _SOURCE and known == status for _, role, known in self.statuses)
-
-        if not self._await(lambda: entered() or self._at_rest(), timeout_s):
+        monitor = self._monitor
+        if not monitor.wait_for(
+            lambda: monitor.reached(SOURCE, status) or monitor.at_rest(), timeout_s
+        ):
             raise TimeoutError(f"the migration is still {self.status} after {timeout_s} s")
-        if not entered():
+        if not monitor.reached(SOURCE, status):
             raise MigrationError(f"the migration is {self.status}: {'; '.join(self.errors)}")
 
     def verify(self) -> Verdict:
         """Stop the guest where it runs and compare it with one that was never migrated."""
-        self._engine(_SOURCE)
-        role = _DESTINATION if self._status(_DESTINATION) == Status.COMPLETED else _SOURCE
-        return verify(self._guests[role])
+        return verify(self._survivor())
+
+    def _survivor(self) -> GuestProcess:
+        """Return the guest that goes on when the migration has come to its end."""
+        self._engine(SOURCE)
+        completed = self._monitor.status(DESTINATION) == Status.COMPLETED
+        return self._guests[DESTINATION if completed else SOURCE]
 
     # Recording.
 
@@ -248,7 +268,7 @@ class Session:
         """End the engines and the probe and write the run folder; the guests live on."""
         if self._recorded:
             return self.folder
-        self._ending = True
+        self._monitor.ending = True
         try:
             for engine in self._engines.values():
                 engine.quit()
@@ -256,11 +276,11 @@ class Session:
                 self._probe_result = self._probe.stop()
                 self.notices.extend(self._probe_result.status.notices)
         finally:  # also when Ctrl-C comes in the middle of it
-            self._end_watching()
+            self._monitor.end()
             self._open.close()
             if self._probe_result is not None:
                 self.folder.save_probe(self._probe_result.records)
-            self.folder.save_samples(np.array(self._samples, SAMPLES_DTYPE))
+            self.folder.save_samples(np.array(self._monitor.samples, SAMPLES_DTYPE))
             self.folder.save_meta(self._meta())
             self._recorded = True
         return self.folder
@@ -279,7 +299,7 @@ class Session:
         probe = self._probe_result
         return {
             "status": self.status.value,
-            "destination_status": self._status(_DESTINATION).value,
+            "destination_status": self._monitor.status(DESTINATION).value,
             "workload": {
                 "name": self.spec.name,
                 "seed": self.spec.seed,
@@ -304,97 +324,28 @@ class Session:
 
     def close(self) -> None:
         """End every process, save what was recorded, leave no file behind but the run folder."""
-        if self._thread or self._engines:
+        if self._engines:
             try:
                 self.record()
             except OSError:
                 log.exception("the run folder %s could not be completed", self.folder.path)
-        self._end_watching()
+        self._monitor.end()
         for engine in self._engines.values():
             engine.close()
         for guest in self._guests.values():
             guest.close()
-        self._engines, self._guests = {}, {}
+        self._engines.clear()
+        self._guests.clear()
         self._open.close()
         if self._sockets:
             shutil.rmtree(self._sockets, ignore_errors=True)
-
-    # What the watching thread does.
-
-    def _watch(self) -> None:
-        poller = select.poll()
-        sources = {engine.control.fileno(): engine for engine in self._engines.values()}
-        for fd in sources:
-            poller.register(fd, select.POLLIN)
-        next_sample = time.monotonic()
-        while not self._stop.is_set():
-            wait = max(0.0, next_sample - time.monotonic())
-            for fd, _ in poller.poll(wait * 1000):
-                sources[fd].read()
-                if sources[fd].gone:
-                    poller.unregister(fd)
-                    self._on_death(sources[fd])
-            if time.monotonic() >= next_sample:
-                next_sample += _SAMPLE_S
-                self._sample()
-
-    def _sample(self) -> None:
-        rows = [self._engines[role].counters.words for role in (_SOURCE, _DESTINATION)]
-        steps = [self._step(role) for role in (_SOURCE, _DESTINATION)]
-        self._samples.append(
-            (time.monotonic_ns(), *steps, *(row[c] for row in rows for c in Counter))
-        )
-        for engine in self._engines.values():
-            engine.drain()
-
-    def _step(self, role: str) -> int:
-        guest = self._guests[role]
-        return guest.vcpu.words[Word.STEP] if guest.is_ready else 0
-
-    def _end_watching(self) -> None:
-        if self._thread and self._thread.is_alive():
-            self._stop.set()
-            self._thread.join(10.0)
-            self._sample()
-
-    def _on_event(self, role: str, message: dict[str, Any]) -> None:
-        data = message.get("data", {})
-        with self._changed:
-            if message["event"] == "MIGRATION":
-                self.statuses.append((message["ts_ns"], role, data["status"]))
-            elif message["event"] == "ERROR":
-                self.errors.append(f"{role}: {data['desc']}")
-            elif message["event"] == "PAUSED":
-                self.notices.append(f"{role}: paused: {data['desc']}")
-            self._changed.notify_all()
-
-    def _on_death(self, engine: EngineProcess) -> None:
-        with self._changed:
-            if not self._ending:
-                self.errors.append(f"{engine.name}: the process died: {engine.child.last_words()}")
-            self._changed.notify_all()
-
-    def _at_rest(self) -> bool:
-        source, destination = self._engine(_SOURCE), self._engine(_DESTINATION)
-        if source.gone or destination.gone:
-            return True
-        if self.status not in _AT_REST:
-            return False
-        # A source that failed early leaves a destination that no one has spoken to.
-        return self._status(_DESTINATION) in _AT_REST | {Status.NONE, Status.SETUP}
-
-    def _status(self, role: str) -> Status:
-        for _, who, status in reversed(self.statuses):
-            if who == role:
-                return Status(status)
-        return Status.NONE
 
     # The probe.
 
     def _start_probe(self) -> None:
         if self.options.probe == "off":
             return
-        guest = self._guests[_DESTINATION]
+        guest = self._guests[DESTINATION]
         probe = Probe([Watch(guest.pid, guest.info.address, guest.ram.size)])
         try:
             probe.start()

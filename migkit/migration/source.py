@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 
 import numpy as np
-import numpy.typing as npt
 
 from migkit.errors import MigrationError, ProtocolError
 from migkit.guest.vcpu import Word
@@ -21,9 +20,10 @@ from migkit.migration.answers import Answers
 from migkit.migration.channel import RateLimiter
 from migkit.migration.control import ControlSocket
 from migkit.migration.dirty import DirtyLog, mark
+from migkit.migration.discarding import discard_stale
 from migkit.migration.engine import Attachment, Engine
-from migkit.migration.framing import Indices, runs_of
-from migkit.migration.outbound import CPU_SECTION, RAM_SECTION, Outbound
+from migkit.migration.framing import Indices
+from migkit.migration.outbound import Outbound
 from migkit.migration.policy import Convergence
 from migkit.migration.return_path import Incoming, PageRequest
 from migkit.migration.states import Status
@@ -57,12 +57,15 @@ class Source(Engine):
             "migrate_cancel": self.cancel,
             "migrate-pause": self.pause,
             "migrate-continue": self.continue_,
+            "take-back": self.take_back,
         }
-        self.answers = Answers(self.trace, self.guest.layout, self._serve)
+        self.answers = Answers(self.trace, self.guest.layout)
+        self.answers.is_open = bool(attachment.paused_ns)
         self.postcopy_asked = False
         self.cancel_asked = False
         self.continue_asked = False
-        self.committed = False
+        self.committed = bool(attachment.paused_ns)
+        self.taken_back = False
         self.completing = False
         self.log: DirtyLog | None = None
         self.out: Outbound | None = None
@@ -98,6 +101,14 @@ class Source(Engine):
                 f"only pre-switchover is continued from: the source is {self.state.status}"
             )
         self.continue_asked = True
+
+    def take_back(self) -> None:
+        """Let the guest go on here: the destination never ran it, and never will."""
+        self.taken_back = True
+        if not self.is_busy:
+            if self.state.set(Status.POSTCOPY_PAUSED, Status.FAILED):
+                self._put_down()
+            self._resume_guest()
 
     def migrate(self, uri: str, *, resume: bool = False) -> None:
         """Move the guest to whoever listens at ``uri``, to the end.
@@ -182,8 +193,10 @@ class Source(Engine):
         trace.savevm_send_recv_bitmap(name)
         out.command(Command.RECV_BITMAP, wire.short_string(name))
         out.wait_for(lambda: self.answers.received is not None, "the received bitmap")
+        if self.supply is None:  # an engine before us has died, and with it its view of the pages
+            self.supply = PageSupply(self.ram, out, self.counters, trace, self.pages)
         if self.answers.received is not None:
-            self._pages.continue_on(out, self.answers.received)
+            self.supply.continue_on(out, self.answers.received)
         trace.ram_dirty_bitmap_reload_complete(name)
         trace.savevm_send_postcopy_resume()
         out.command(Command.POSTCOPY_RESUME)
@@ -213,15 +226,15 @@ class Source(Engine):
         trace.savevm_state_setup()
         self.log = DirtyLog(self.guest)
         self.log.start()
-        self.supply = PageSupply(self.ram, out, self.counters, trace)
+        self.supply = PageSupply(self.ram, out, self.counters, trace, self.pages)
         self.ram.map_present()
-        trace.savevm_section_start("ram", RAM_SECTION)
+        trace.savevm_section_start("ram", wire.RAM_SECTION)
         out.raw(
-            wire.section_start(RAM_SECTION, "ram", wire.RAM_VERSION)
+            wire.section_start(wire.RAM_SECTION, "ram", wire.RAM_VERSION)
             + wire.ram_setup([self.guest.layout], postcopy=options.postcopy_ram)
-            + wire.section_footer(RAM_SECTION)
+            + wire.section_footer(wire.RAM_SECTION)
         )
-        trace.savevm_section_end("ram", RAM_SECTION, 0)
+        trace.savevm_section_end("ram", wire.RAM_SECTION, 0)
         out.drain()
         if options.uses_return_path:
             # The destination answers when it has compared everything with what it has.
@@ -297,13 +310,13 @@ class Source(Engine):
         self._stop_guest()
         self._sync()
         out.command(Command.SWITCHOVER_START)
-        commands = self._discard(self._pages.stale())
+        _, commands = discard_stale(self._pages)
         trace.postcopy_discard_send_finish(self.ram.name, self.ram.n_pages, commands)
         out.ping(wire.PING_DISCARDS)
         self.state.set(Status.DEVICE, Status.POSTCOPY_DEVICE)
         self._check_cancel()
         self.committed = True
-        self._send_package()
+        out.package(self.guest.vcpu.load_state(self.guest.state_size))
         trace.postcopy_start_set_run()
         self._pages.enter_postcopy()
         out.loop.forget(self.guest.pidfd)  # a dead source guest is no loss any more
@@ -315,9 +328,7 @@ class Source(Engine):
         """Discard while the guest still runs, until little is new: the rest costs downtime."""
         for ahead in range(_MOST_DISCARD_ROUNDS):
             self._sync()
-            stale = self._pages.stale()
-            count = int(np.count_nonzero(stale))
-            self._discard(stale)
+            count, _ = discard_stale(self._pages)
             # Only once the destination is through with them is the guest to be stopped.
             value = 0x100 + ahead
             self._out.ping(value)
@@ -326,24 +337,6 @@ class Source(Engine):
             self._check_cancel()
             if count <= _FEW_DISCARDS:
                 return
-
-    def _discard(self, stale: npt.NDArray[np.bool_]) -> int:
-        """Have the destination throw pages away; return the number of commands."""
-        size, name, trace, out = self.ram.page_size, self.ram.name, self.trace, self._out
-        runs = runs_of(np.flatnonzero(stale))
-        self._pages.at_destination &= ~stale
-        commands: list[bytes] = []
-        for at in range(0, len(runs), wire.MAX_DISCARDS):
-            some = [
-                (first * size, count * size) for first, count in runs[at : at + wire.MAX_DISCARDS]
-            ]
-            trace.qemu_savevm_send_postcopy_ram_discard(name, 16 * len(some) + 3 + len(name))
-            for start, length in some:
-                trace.postcopy_discard_send_range(name, start // size, length // size)
-            commands.append(wire.discard(name, some))
-        out.raw(b"".join(commands))
-        self.counters[Counter.DISCARDED_PAGES] += sum(count for _, count in runs)
-        return len(commands)
 
     def _stop_guest(self) -> None:
         vcpu, waits = self.guest.vcpu, self.options.pause_before_switchover
@@ -360,21 +353,6 @@ class Source(Engine):
                 self._check_cancel()
             self.hold_announcements()
             self._require(self.state.set(Status.PRE_SWITCHOVER, Status.DEVICE))
-
-    def _send_package(self) -> None:
-        trace, out = self.trace, self._out
-        state = self.guest.vcpu.load_state(self.guest.state_size)
-        trace.savevm_send_postcopy_listen()
-        trace.savevm_send_postcopy_run()
-        blob = (
-            wire.command(Command.POSTCOPY_LISTEN)
-            + wire.device_state(CPU_SECTION, state)
-            + wire.ping(wire.PING_PACKAGE)
-            + wire.command(Command.POSTCOPY_RUN)
-        )
-        trace.qemu_savevm_send_packaged()
-        out.raw(wire.packaged(blob))
-        out.ping(wire.PING_LISTENING)
 
     # Post-copy.
 
@@ -438,7 +416,7 @@ class Source(Engine):
         self.committed = True
         out.last_section()
         state = self.guest.vcpu.load_state(self.guest.state_size)
-        out.raw(wire.device_state(CPU_SECTION, state) + wire.END_OF_STREAM)
+        out.raw(wire.device_state(wire.CPU_SECTION, state) + wire.END_OF_STREAM)
         out.drain()
 
     def _await_shut(self) -> None:
@@ -447,12 +425,12 @@ class Source(Engine):
     # What comes from elsewhere.
 
     def _on_message(self, message: Incoming) -> None:
+        if isinstance(message, PageRequest):
+            self._pages.serve(message)
+            return
         self.answers.take(message)
         if self.answers.gave_up and not self.committed:
             raise MigrationError(self.answers.reason)
-
-    def _serve(self, request: PageRequest) -> None:
-        self._pages.serve(request)
 
     def _guest_died(self) -> None:
         raise MigrationError("the source guest died: " + (self.guest.vcpu.error() or "killed"))
@@ -487,7 +465,8 @@ class Source(Engine):
             # The destination may have run the guest: only a recovery can tell.
             self.state.set(before, Status.POSTCOPY_ACTIVE)
             before = Status.POSTCOPY_ACTIVE
-        if before in _RECOVERING or (before == Status.POSTCOPY_ACTIVE and broken):
+        stays = before in _RECOVERING or (before == Status.POSTCOPY_ACTIVE and broken)
+        if stays and not self.taken_back:
             self.control.event("PAUSED", desc=str(error) or type(error).__name__)
             self.state.set(before, Status.POSTCOPY_PAUSED)
         else:
@@ -500,7 +479,8 @@ class Source(Engine):
             self.state.set(before, Status.FAILED)
         # A destination that gives up before it has run the guest has ended its own.
         given_back = self.answers.gave_up and before in (Status.DEVICE, Status.POSTCOPY_DEVICE)
-        if not self.committed or (given_back and wire.PING_PACKAGE not in self.answers.pongs):
+        given_back = given_back and wire.PING_PACKAGE not in self.answers.pongs
+        if not self.committed or given_back or self.taken_back:
             self._resume_guest()
 
     def _resume_guest(self) -> None:

@@ -70,6 +70,9 @@ DESTINATION: Mapping[Status, frozenset[Status]] = {
 ENDED = frozenset({_S.COMPLETED, _S.CANCELLED, _S.FAILED})
 """States in which nothing moves any more."""
 
+AT_REST = ENDED | {_S.POSTCOPY_PAUSED}
+"""States that only somebody from outside leads out of."""
+
 
 class PostcopyState(enum.StrEnum):
     """How far the destination is with post-copy, QEMU's PostcopyState."""
@@ -97,13 +100,16 @@ class StateMachine:
     """The state of one side; transitions are announced through a callback."""
 
     def __init__(
-        self, table: Mapping[Status, frozenset[Status]], announce: Callable[[Status], None]
+        self,
+        table: Mapping[Status, frozenset[Status]],
+        announce: Callable[[Status], None],
+        status: Status = Status.NONE,
     ) -> None:
-        """Begin in ``none``. ``announce`` is called after each change, outside the lock."""
+        """Begin in a state. ``announce`` is called after each change, outside the lock."""
         self._table = table
         self._announce = announce
         self._lock = threading.Lock()
-        self._status = Status.NONE
+        self._status = status
 
     @property
     def status(self) -> Status:

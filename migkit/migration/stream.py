@@ -110,6 +110,14 @@ class StreamDecoder:
         other._parse = other._section
         return other
 
+    @classmethod
+    def in_postcopy(cls, blocks: Mapping[str, BlockLayout]) -> StreamDecoder:
+        """Return a decoder for the rest of a stream of ours that another one has begun to read."""
+        decoder = cls(blocks)
+        decoder._names = {wire.RAM_SECTION: "ram"}
+        decoder._advised = True
+        return decoder.continued()
+
     def next(self) -> Event | None:
         """Return the next event, None when more bytes are needed.
 

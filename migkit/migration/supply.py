@@ -17,6 +17,7 @@ from migkit.kernel.memory import RamBlock
 from migkit.migration.channel import RateLimiter
 from migkit.migration.framing import Indices
 from migkit.migration.outbound import Outbound
+from migkit.migration.pagemap import Row
 from migkit.migration.return_path import PageRequest
 from migkit.migration.stats import Counter
 from migkit.trace.emit import Tracer
@@ -30,20 +31,30 @@ _MOST_SERVED = 1024  # requests that are accounted for at once, at the latest
 class PageSupply:
     """The pages of one migration at the source."""
 
-    def __init__(self, ram: RamBlock, out: Outbound, counters: memoryview, trace: Tracer) -> None:
-        """Begin with every page to be sent."""
+    def __init__(
+        self,
+        ram: RamBlock,
+        out: Outbound,
+        counters: memoryview,
+        trace: Tracer,
+        pages: npt.NDArray[np.bool_],
+    ) -> None:
+        """Take the rows of a page map; begin with every page to be sent."""
         self.ram = ram
         self.out = out
         self.counters = counters
         self.trace = trace
-        self.dirty = np.ones(ram.n_pages, np.bool_)  # to be sent
-        self.at_destination = np.zeros(ram.n_pages, np.bool_)  # some version of it was sent
+        self.dirty = pages[Row.DIRTY]
+        self.at_destination = pages[Row.SENT]
+        self.dirty[:] = True
+        self.at_destination[:] = False
         self.present = ram.present()  # may be loaded: see migkit.kernel.memory
         self.remaining = ram.n_pages  # how many are dirty
         self.in_postcopy = False
         self.cursor = 0
-        self._sent_before = 0  # bytes, over channels that broke: main and preempt
-        self._urgent_before = 0
+        # Bytes over channels that broke: an engine before us may have used some.
+        self._sent_before = counters[Counter.PRECOPY_BYTES] + counters[Counter.POSTCOPY_BYTES]
+        self._urgent_before = counters[Counter.PREEMPT_BYTES]
         self.last_request = 0.0
         self.served: list[tuple[int, int, int]] = []  # page, when received, when sent (0: before)
 
@@ -55,7 +66,8 @@ class PageSupply:
 
     def stale(self) -> npt.NDArray[np.bool_]:
         """Return which pages the destination has in a version that is old, (n_pages,) bool."""
-        return self.dirty & self.at_destination
+        stale: npt.NDArray[np.bool_] = self.dirty & self.at_destination
+        return stale
 
     def enter_postcopy(self) -> None:
         """From here on pages are sent once each, and requests are answered."""
@@ -66,11 +78,14 @@ class PageSupply:
 
     def continue_on(self, out: Outbound, received: npt.NDArray[np.bool_]) -> None:
         """Go on over new channels after a break: what was not received is to be sent (again)."""
-        self._sent_before += self.out.main.sent_bytes
-        if self.out.preempt:
-            self._urgent_before += self.out.preempt.sent_bytes
-        self.out = out
-        self.dirty = ~received
+        if out is not self.out:
+            self._sent_before += self.out.main.sent_bytes
+            if self.out.preempt:
+                self._urgent_before += self.out.preempt.sent_bytes
+            self.out = out
+        np.logical_not(received, out=self.dirty)
+        self.at_destination[:] = received
+        self.in_postcopy = True
         self.count_dirty()
 
     def send(self, batch: Indices, limiter: RateLimiter, n_pages: Counter) -> None:

@@ -20,6 +20,8 @@ MAGIC = 0x5145564D
 VERSION = 3
 TARGET_PAGE = 4096
 RAM_VERSION = 4
+RAM_SECTION = 2  # the section ids that our source gives its two devices
+CPU_SECTION = 3
 
 MAX_PACKAGED = 32 << 20  # qemu: MAX_VM_CMD_PACKAGED_SIZE
 MAX_DISCARDS = 12  # qemu: MAX_DISCARDS_PER_COMMAND
