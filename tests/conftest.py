@@ -17,7 +17,7 @@ def _inventory():
             fds[entry.name] = str(entry.readlink())
         except OSError:
             continue  # the descriptor of this very listing
-    shared = set(os.listdir("/dev/shm"))  # noqa: PTH208 — names are all we need
+    shared = {entry.name for entry in Path("/dev/shm").iterdir() if entry.is_file()}
     return set(children), fds, shared
 
 

@@ -101,6 +101,8 @@ class Monitor:
         if not self.started:
             return False
         source, destination = self.status(SOURCE), self.status(DESTINATION)
+        if self._given_back and source == Status.POSTCOPY_PAUSED:
+            return False  # it is about to take the guest back
         # A source that failed early leaves a destination that no one has spoken to.
         return source in AT_REST and destination in AT_REST | _UNCONTACTED
 

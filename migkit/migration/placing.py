@@ -73,11 +73,11 @@ class Placer:
         size = self._size
         target, length = self._address + first * size, count * size
         done = 0
-        while (
-            done := done + self._uffd.copy(target + done, address + done, length - done)
-        ) < length:
-            self._taken(first + done // size)
-            done += size
+        while done < length:
+            done += self._uffd.copy(target + done, address + done, length - done)
+            if done < length:
+                self._taken(first + done // size)
+                done += size
         self.received[first : first + count] = True
 
     def place_zero(self, first: int, count: int) -> None:
@@ -89,9 +89,11 @@ class Placer:
                 self.place(page, 1, int(self._zero.ctypes.data))
             return
         done = 0
-        while (done := done + self._uffd.zeropage(target + done, length - done)) < length:
-            self._taken(first + done // size)
-            done += size
+        while done < length:
+            done += self._uffd.zeropage(target + done, length - done)
+            if done < length:
+                self._taken(first + done // size)
+                done += size
         self.received[first : first + count] = True
 
     def resolve_here(self, page: int) -> None:
