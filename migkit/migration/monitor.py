@@ -93,8 +93,8 @@ class Monitor:
 
     def step(self, role: str) -> int:
         """Return how many steps a guest has executed, over all its migrations."""
-        guest = self._guests[role]
-        return guest.vcpu.words[Word.STEP] if guest.is_ready else 0
+        guest = self._guests.get(role)
+        return guest.vcpu.words[Word.STEP] if guest and guest.is_ready else 0
 
     def at_rest(self) -> bool:
         """Whether both sides have ended, or wait for somebody to act."""

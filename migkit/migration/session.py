@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, Self
 
 import numpy as np
 
-from migkit.errors import CapabilityError, MigrationError
+from migkit.errors import CapabilityError, MigrationError, OptionError
 from migkit.guest.config import GuestConfig
 from migkit.guest.handle import GuestProcess
 from migkit.guest.oracle import Verdict, verify
@@ -38,6 +38,7 @@ from migkit.trace.registry import Registry
 log = logging.getLogger(__name__)
 
 _WARM_UP_S = 0.05  # the guest runs a little before it is moved
+_GUEST_OPTIONS = {"memory", "page_size", "seed", "rate"}
 _NOT_RECOVERED = {Status.POSTCOPY_PAUSED, Status.FAILED, Status.POSTCOPY_RECOVER_SETUP}
 
 
@@ -62,6 +63,7 @@ class Session:
         workload; ``options`` are those of :class:`~migkit.migration.options.Options`.
         """
         options.setdefault("postcopy", "manual")
+        self._workload = workload
         self.options = Options.make(memory=memory, **options)
         self.spec = WorkloadSpec.of(workload, self.options.seed, params)
         self.events = Registry.load().select(self.options.trace)
@@ -101,6 +103,8 @@ class Session:
         self._sockets = Path(tempfile.mkdtemp(prefix="migkit-"))
         cpus = self.options.cpu_list()
         for role, populate, cpu in ((SOURCE, True, cpus[0]), (DESTINATION, False, cpus[3])):
+            if role in self._guests:  # it has migrated before
+                continue
             config = GuestConfig(
                 self.spec, self.options.memory, self.options.page_size, self.options.rate,
                 populate=populate, cpu=cpu,
@@ -111,7 +115,8 @@ class Session:
             log = self.folder.log(role)
             self._engines[role] = EngineProcess(role, n_pages, log, self._monitor.hear)
         for guest in self._guests.values():
-            guest.ready()
+            if not guest.is_ready:
+                guest.ready()
         if self._guests[DESTINATION].info.user_mode_only:
             self._monitor.notices.append(
                 "without root a guest's own system calls cannot wait for a page (EFAULT)"
@@ -261,6 +266,33 @@ class Session:
         self._engine(SOURCE)
         completed = self._monitor.status(DESTINATION) == Status.COMPLETED
         return self._guests[DESTINATION if completed else SOURCE]
+
+    def again(self, *, path: str | os.PathLike[str] | None = None, **options: Any) -> Self:
+        """Return a new migration, not started, of the guest that has come out of this one.
+
+        That is the one at the destination after a migration that completed, else the one at the
+        source. It runs on meanwhile; this migration is recorded and closed. ``options`` are as
+        before but for those given here; what the guest was made with cannot be changed.
+
+        Raises :class:`MigrationError` when this migration has not ended or its guest is dead.
+        """
+        if fixed := _GUEST_OPTIONS & options.keys():
+            raise OptionError(f"{', '.join(sorted(fixed))}: the guest that migrates again has it")
+        if not self._monitor.at_rest() or self.status == Status.POSTCOPY_PAUSED:
+            raise MigrationError(f"this migration has not ended: it is {self.status}")
+        guest = self._survivor()
+        if not guest.is_alive:
+            raise MigrationError(f"the guest is dead: {guest.vcpu.error() or 'it was killed'}")
+        new = type(self)(
+            self._workload, path=path, params=self.spec.params,
+            **{**self.options.as_dict(), **options},
+        )  # fmt: skip
+        self.record()
+        new.spec = self.spec
+        new._guests[SOURCE] = guest  # noqa: SLF001 — one session hands over to the next
+        self._guests = {role: one for role, one in self._guests.items() if one is not guest}
+        self.close()
+        return new
 
     # Recording.
 
