@@ -33,7 +33,7 @@ from migkit.guest.spec import WorkloadSpec
 from migkit.guest.vcpu import ERROR_BYTES, STATE_BYTES, VCpu, Word
 from migkit.guest.workloads import WORKLOADS, Hotset, Memtest, Workload, find_workload, hash_steps
 from migkit.kernel.memory import PAGE_SIZE, huge_pages_free
-from migkit.kernel.userfaultfd import Register, Userfaultfd
+from migkit.kernel.userfaultfd import Register
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -159,13 +159,13 @@ def run_a_little(guest, steps=1000):
 
 def watch(guest):
     """Watch all missing pages of a guest, as a destination does when it listens."""
-    uffd = Userfaultfd(guest.uffd_fd)
+    uffd = guest.uffd
     uffd.register(guest.info.address, guest.ram.size, Register.MISSING)
     return uffd
 
 
 def await_fault(guest):
-    assert select.select([guest.uffd_fd], [], [], DEADLINE_S)[0], "no fault was reported"
+    assert select.select([guest.uffd.fd], [], [], DEADLINE_S)[0], "no fault was reported"
 
 
 def is_gone(pidfd):
@@ -783,11 +783,11 @@ try:
     guest.ready()
     if sys.argv[2] == "waiting for a page":
         guest.ram.discard(PAGE * 4096, 4096)
-        Userfaultfd(guest.uffd_fd).register(guest.info.address, 1 << 20, Register.MISSING)
+        guest.uffd.register(guest.info.address, 1 << 20, Register.MISSING)
     if sys.argv[2] != "stopped":
         guest.vcpu.start()
     if sys.argv[2] == "waiting for a page":
-        assert select.select([guest.uffd_fd], [], [], 30)[0]
+        assert select.select([guest.uffd.fd], [], [], 30)[0]
     print(guest.pid, flush=True)
     sys.stdin.readline()
     verdict = verify(guest)

@@ -11,6 +11,7 @@ from migkit.guest.config import GuestConfig, receive_ready, send_config
 from migkit.guest.vcpu import VCpu
 from migkit.kernel.memory import RamBlock
 from migkit.kernel.process import Child
+from migkit.kernel.userfaultfd import Userfaultfd
 
 _BIRTH_TIMEOUT_S = 120.0  # a large guest fills its RAM first
 
@@ -42,7 +43,8 @@ class GuestProcess:
         if ready.error:
             raise CapabilityError(f"the guest could not be made: {ready.error}")
         self.info = ready
-        ram_fd, *vcpu_fds, self.uffd_fd = self.fds
+        ram_fd, *vcpu_fds, uffd_fd = self.fds
+        self.uffd = Userfaultfd(uffd_fd)
         config = self.config
         self.ram = RamBlock(config.block, ram_fd, config.memory, config.page_size)
         self.vcpu = VCpu(*(os.dup(fd) for fd in vcpu_fds))

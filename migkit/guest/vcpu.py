@@ -18,6 +18,7 @@ import mmap
 import os
 import select
 import time
+from collections.abc import Callable
 
 from migkit.errors import MigrationError
 
@@ -87,8 +88,12 @@ class VCpu:
             os.eventfd_write(self.kick_fd, 1)
         return seq
 
-    def wait(self, seq: int, timeout_s: float) -> None:
+    def wait(
+        self, seq: int, timeout_s: float, serve: tuple[int, Callable[[], object]] | None = None
+    ) -> None:
         """Wait until the guest has acted on a request.
+
+        ``serve`` is a descriptor and what to call when it is readable: the guest may need that.
 
         Raises :class:`MigrationError` after ``timeout_s``: a guest that waits for a page of its
         memory cannot act.
@@ -101,7 +106,10 @@ class VCpu:
                 verb = "start" if seq % 2 else "stop"
                 reason = self.error() or "it may wait for a page, or be stopped or dead"
                 raise MigrationError(f"the guest did not {verb} within {timeout_s} s: {reason}")
-            select.select([self.ack_fd], [], [], min(left, 0.1))
+            fds = [self.ack_fd, serve[0]] if serve else [self.ack_fd]
+            ready, _, _ = select.select(fds, [], [], min(left, 0.1))
+            if serve and serve[0] in ready:
+                serve[1]()
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self.ack_fd)
 

@@ -15,6 +15,7 @@ MIGRATION_FEATURES = (
     Feature.MISSING_SHMEM
     | Feature.MISSING_HUGETLBFS
     | Feature.THREAD_ID
+    | Feature.EVENT_REMOVE
     | Feature.PAGEFAULT_FLAG_WP
     | Feature.WP_HUGETLBFS_SHMEM
     | Feature.WP_UNPOPULATED

@@ -48,9 +48,6 @@ _ZEROPAGE = struct.Struct("=QQQq")  # struct uffdio_zeropage: range, mode, zerop
 _ZEROPAGE_DONE = 24
 _BURST = 64  # messages per read(2)
 
-# How long a busy address space (EAGAIN with nothing placed) is worth retrying.
-_BUSY_DEADLINE_S = 1.0
-
 
 class Feature(enum.IntFlag):
     """``UFFD_FEATURE_*``: what a userfaultfd can be asked for when it is created."""
@@ -114,6 +111,8 @@ class Userfaultfd:
         self._copy = bytearray(40)
         self._zeropage = bytearray(32)
         self._busy_until = 0.0
+        self.busy_s = 1.0
+        """How long to try again in an address space that is changing (EAGAIN, nothing placed)."""
 
     @classmethod
     def create(cls, features: Feature, *, user_mode_only: bool = False) -> Self:
@@ -152,8 +151,10 @@ class Userfaultfd:
         return int(struct.unpack_from("=Q", argument, 24)[0])
 
     def unregister(self, start: int, length: int) -> None:
-        """Stop watching a range and wake all that wait in it."""
+        """Stop watching a range and wake all that wait in it, or for a REMOVE to be read."""
         fcntl.ioctl(self.fd, _UFFDIO_UNREGISTER, bytearray(struct.pack("=QQ", start, length)))
+        while self.read():
+            pass
 
     def read(self) -> list[Message]:
         """Return the messages that wait, up to 64; an empty list when there are none.
@@ -231,7 +232,7 @@ class Userfaultfd:
         if done:
             self._busy_until = 0.0
         elif not self._busy_until:
-            self._busy_until = now + _BUSY_DEADLINE_S
+            self._busy_until = now + self.busy_s
         elif now > self._busy_until:
             self._busy_until = 0.0
             raise error

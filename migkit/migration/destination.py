@@ -101,7 +101,7 @@ class Destination(Engine):
         fault, and tell, again.
         """
         self.postcopy = PostcopyState.RUNNING
-        self.placer.took_over = True
+        self.placer.lenient = True
         self.server.asks = False
         self.inbound.take_over()
         self._rp_open = True

@@ -8,6 +8,7 @@ import numpy.typing as npt
 from migkit.kernel.pagemap import Category, Pagemap
 from migkit.kernel.userfaultfd import Register
 from migkit.migration.engine import GuestParts
+from migkit.migration.framing import runs_of
 
 
 class DirtyLog:
@@ -17,6 +18,7 @@ class DirtyLog:
         """Open the guest's page map; nothing is logged before :meth:`start`."""
         self._guest = guest
         self._pagemap = Pagemap(guest.pid)
+        self._given_back = np.zeros(guest.ram.n_pages, np.bool_)
 
     def start(self) -> None:
         """Begin: from now on every write is remembered."""
@@ -24,13 +26,26 @@ class DirtyLog:
         guest.uffd.register(guest.address, guest.ram.size, Register.WP)
         guest.uffd.write_protect(guest.address, guest.ram.size)
 
+    def read_removals(self) -> None:
+        """Read which memory the guest gives back (REMOVE): it waits until that is read.
+
+        What was protected stays so, and does not show as written. And the guest gives it back
+        only after we have read of it, so such a page counts as dirty from then on.
+        """
+        guest = self._guest
+        for _, start, end, _ in guest.uffd.read():
+            size = guest.ram.page_size
+            first, last = (start - guest.address) // size, (end - guest.address) // size
+            self._given_back[first:last] = True
+
     def scan(self) -> list[tuple[int, int]]:
-        """Return the pages written since the last scan, as runs (first, how many)."""
+        """Return the pages written or given back since the last scan, as runs (first, how many)."""
         guest = self._guest
         regions = self._pagemap.scan(guest.address, guest.ram.size, Category.WRITTEN, protect=True)
         first = (regions["start"] - guest.address) // guest.ram.page_size
         count = (regions["end"] - regions["start"]) // guest.ram.page_size
-        return list(zip(first.tolist(), count.tolist(), strict=True))
+        runs = list(zip(first.tolist(), count.tolist(), strict=True))
+        return runs + runs_of(np.flatnonzero(self._given_back))
 
     def stop(self) -> None:
         """End: lift the protection and close the page map."""

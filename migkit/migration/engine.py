@@ -205,6 +205,6 @@ class Deadline:
         self._seconds = seconds
 
     def check(self, what: str) -> None:
-        """Raise :class:`MigrationError` when the time is over."""
+        """Raise :class:`TimeoutError`, which in post-copy is a break, when the time is over."""
         if time.monotonic() > self._at:
-            raise MigrationError(f"{what} did not come within {self._seconds} s")
+            raise TimeoutError(f"{what} did not come within {self._seconds} s")

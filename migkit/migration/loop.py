@@ -23,13 +23,13 @@ class Loop:
         """Begin with nothing to wait for."""
         self._epoll = select.epoll()
         self._urgent = select.epoll()
-        self._handlers: dict[int, Callable[[], None]] = {}
+        self._handlers: dict[int, Callable[[], object]] = {}
         self._outgoing: dict[int, Outgoing] = {}
         self._rank: dict[int, int] = {}
         self._deferred: Callable[[], None] | None = None
 
     def watch(
-        self, fd: int, handler: Callable[[], None], rank: int, *, urgent: bool = False
+        self, fd: int, handler: Callable[[], object], rank: int, *, urgent: bool = False
     ) -> None:
         """Call ``handler`` when a descriptor is readable or gone; the lowest rank goes first.
 

@@ -7,6 +7,7 @@ long as its memory is anywhere: see :meth:`Monitor._settle`.
 
 from __future__ import annotations
 
+import contextlib
 import select
 import threading
 import time
@@ -218,7 +219,10 @@ class Monitor:
         """Let the source's guest go on: by its engine if it lives, else by ourselves."""
         source = self._engines[SOURCE]
         if source.gone:
-            self._guests[SOURCE].vcpu.ask(run=True)
+            guest = self._guests[SOURCE]
+            with contextlib.suppress(OSError):  # its dirty log, if there was one, ends with it
+                guest.uffd.unregister(guest.info.address, guest.ram.size)
+            guest.vcpu.ask(run=True)
         elif not self._given_back:
             source.tell("take-back")
         self._given_back = True

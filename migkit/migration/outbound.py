@@ -77,8 +77,15 @@ class Outbound:
 
     def drain(self) -> None:
         """Pump until all that was sent is with the kernel."""
+        self._flush(lambda: self.main.pending or bool(self.preempt and self.preempt.pending))
+
+    def await_room(self) -> None:
+        """Pump until the last batch is with the kernel: its staging buffer is free."""
+        self._flush(lambda: self.main.pending)
+
+    def _flush(self, waiting: Callable[[], bool]) -> None:
         sent, deadline = self.main.sent_bytes, Deadline(_STALL_S)
-        while self.main.pending or (self.preempt and self.preempt.pending):
+        while waiting():
             self.loop.turn(1.0)
             if self.main.sent_bytes != sent:
                 sent, deadline = self.main.sent_bytes, Deadline(_STALL_S)
@@ -87,7 +94,7 @@ class Outbound:
     def wait_for(
         self, happened: Callable[[], bool], what: str, timeout_s: float = _STALL_S
     ) -> None:
-        """Pump until something has happened; raises :class:`MigrationError` after a time."""
+        """Pump until something has happened; raises :class:`TimeoutError` after a time."""
         deadline = Deadline(timeout_s)
         while not happened():
             if not self.return_path_open:

@@ -31,7 +31,7 @@ class Placer:
         self.received = pages[Row.RECEIVED]
         self._received = self.received.data  # the same bits, faster for one at a time
         self.holes = pages[Row.HOLE]
-        self.took_over = False  # an engine before us may have placed a page and not said so
+        self.lenient = False  # a page may have been placed and not noted: by an engine that died
         self._zero = np.zeros(self._size if self._size > PAGE_SIZE else 0, np.uint8)
 
     def write(self, pages: npt.NDArray[np.int64], data: npt.NDArray[np.uint8] | None) -> None:
@@ -104,7 +104,7 @@ class Placer:
         self._uffd.wake(self._address + page * self._size, self._size)
 
     def _taken(self, page: int) -> None:
-        if not self.received[page] and not self.took_over:
+        if not self.received[page] and not self.lenient:
             raise MigrationError(
                 f"page {page} was present before it was received: something other than "
                 "userfaultfd wrote to guest memory"

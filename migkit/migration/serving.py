@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ import numpy.typing as npt
 from migkit.errors import MigrationError
 from migkit.kernel.userfaultfd import EventType
 from migkit.migration import return_path, wire
-from migkit.migration.engine import GuestParts
+from migkit.migration.engine import Deadline, GuestParts
 from migkit.migration.framing import runs_of
 from migkit.migration.loop import Loop
 from migkit.migration.pagemap import Row
@@ -33,6 +33,8 @@ MAIN, PREEMPT = 0, 1  # channels, as QEMU numbers them
 _PAGE_FAULT = int(EventType.PAGEFAULT)
 _REQ_PAGES = int(Message.REQ_PAGES)
 _PAGE, _ZERO_FLAG = int(wire.RamFlag.PAGE), int(wire.RamFlag.ZERO)
+_REMOVAL_S = 10.0  # how long a guest may take to give memory back
+_RETRY_S = 0.0001
 _MOST_NOTED = 1024  # faults that are accounted for at once, at the latest
 
 Numbers = npt.NDArray[np.int64]
@@ -71,6 +73,8 @@ class FaultServer:
         self._answered = pages[Row.ANSWERED].data
         self._received = placer.received.data
         self.asks = True  # not in an outage: then requests are kept for ask_again()
+        self._removing = False  # the guest has given memory back
+        guest.uffd.busy_s = 0.0  # while it does we have more to do than to try again
         self.last_fault = 0.0  # time.monotonic()
         self._faults: list[tuple[int, int, int, int]] = []  # page, tid, when read, when asked
         self._answers: list[tuple[int, int, int, int, int]] = []  # page, times, channel, kind
@@ -91,9 +95,10 @@ class FaultServer:
         read = time.monotonic_ns()
         base, size, received, requested = self._base, self._size, self._received, self.requested
         wanted = b""
-        for event, _, address, tid in messages:
+        for event, flags, address, tid in messages:
             if event != _PAGE_FAULT:
-                raise MigrationError(f"userfaultfd sent event {event:#x}, which nobody asked for")
+                self._removed(event, flags, address)
+                continue
             page = (address - base) // size
             asked = 0
             if received[page]:
@@ -124,15 +129,65 @@ class FaultServer:
 
     def _answer_here(self, page: int) -> None:
         """Answer a fault without the source: the page was received before the fault was read."""
-        self._placer.resolve_here(page)
+        try:
+            self._placer.resolve_here(page)
+        except BlockingIOError:
+            self._read_removals()
+            self._uffd.wake(self._base + page * self._size, self._size)
         self._counters[Counter.LOCAL_FAULTS] += 1
         self._trace.postcopy_fault_local(self._name, page * self._size)
+
+    def _removed(self, event: int, start: int, end: int) -> None:
+        """Take note of memory that the guest gives back: from now on it reads as zeros.
+
+        What is under way of it comes too late and is not placed. (MADV_DONTNEED cannot be told
+        from MADV_REMOVE: of a page that has not come yet it is taken for the same.)
+        """
+        if event != EventType.REMOVE:
+            raise MigrationError(f"userfaultfd sent event {event:#x}, which nobody asked for")
+        pages = slice((start - self._base) // self._size, (end - self._base) // self._size)
+        self._under_way -= int(np.count_nonzero(self._requested_mask[pages]))
+        self._requested_mask[pages] = False
+        self._placer.received[pages] = True
+        self._placer.holes[pages] = True
+        self._removing = True
+        self._uffd.wake(start, end - start)  # who waits there asks again
+
+    def _read_removals(self) -> None:
+        """Read what keeps the address space busy; faults are made to come again."""
+        for event, flags, address, _ in self._uffd.read():
+            if event == _PAGE_FAULT:
+                self._uffd.wake(address // self._size * self._size, self._size)
+            else:
+                self._removed(event, flags, address)
+
+    def _insist(self, pages: Iterable[tuple[int, int]]) -> None:
+        """Place (page, address; 0 for zeros) one by one while the guest gives memory back."""
+        self._placer.lenient = True  # a batch may have been interrupted before it was noted
+        deadline = Deadline(_REMOVAL_S)
+        for page, address in pages:
+            while not self._received[page]:
+                try:
+                    if address:
+                        self._placer.place_one(page, address)
+                    else:
+                        self._placer.place_zero(page, 1)
+                except BlockingIOError:
+                    self._read_removals()
+                    time.sleep(_RETRY_S)
+                    deadline.check("the end of a REMOVE")
 
     def place_one(self, record: Page) -> None:
         """Place a lone page of the preempt channel: a guest waits for it."""
         received = time.monotonic_ns()
         page = record.offset // TARGET_PAGE
-        self._placer.place_one(page, record.address)
+        try:
+            if self._removing:
+                self._insist([(page, record.address)])
+            else:
+                self._placer.place_one(page, record.address)
+        except BlockingIOError:
+            self._insist([(page, record.address)])
         placed = time.monotonic_ns()
         # Where the guest shares our CPU, let it run now and not when our time slice is over.
         os.sched_yield()
@@ -146,16 +201,19 @@ class FaultServer:
         kind = 1 if pages.address == 0 else 0
         if source.huge:
             for page, data in source.assemble(pages):
-                if data is None:
-                    self._placer.place_zero(page, 1)
-                else:
-                    self._placer.place(page, 1, int(data.ctypes.data))
+                self._insist([(page, 0 if data is None else int(data.ctypes.data))])
                 kind = 1 if data is None else 0
                 self._note(np.array((page,)), [(page, 1)], received, channel, kind)
             return
         numbers = pages.offsets // TARGET_PAGE
         runs = runs_of(numbers)
-        self._place_runs(runs, pages, source)
+        try:
+            if self._removing:
+                self._insist(_addresses(numbers, pages))
+            else:
+                self._place_runs(runs, pages, source)
+        except BlockingIOError:
+            self._insist(_addresses(numbers, pages))
         self._note(numbers, runs, received, channel, kind)
 
     def _place_runs(self, runs: Runs, pages: Pages, source: HostPages) -> None:
@@ -241,3 +299,9 @@ class FaultServer:
         trace.many("ram_load_postcopy_loop", channel, offsets, flags, ts=received)
         event = "postcopy_place_page_zero" if kind else "postcopy_place_page"
         trace.many(event, self._base + offsets, ts=placed)
+
+
+def _addresses(numbers: Numbers, pages: Pages) -> Iterator[tuple[int, int]]:
+    """Yield the pages of a batch with where they lie in this process, 0 for zeros."""
+    for i, page in enumerate(numbers.tolist()):
+        yield page, record_address(pages, i) if pages.address else 0

@@ -226,6 +226,7 @@ class Source(Engine):
         trace.savevm_state_setup()
         self.log = DirtyLog(self.guest)
         self.log.start()
+        out.loop.watch(self.guest.uffd.fd, self.log.read_removals, rank=4)
         self.supply = PageSupply(self.ram, out, self.counters, trace, self.pages)
         self.ram.map_present()
         trace.savevm_section_start("ram", wire.RAM_SECTION)
@@ -276,8 +277,7 @@ class Source(Engine):
         out = self._out
         self._check_cancel()
         out.loop.turn(0)
-        while out.main.pending:
-            out.loop.turn(1.0)
+        out.await_room()
         wait = limiter.wait_s()
         if wait > 0:
             self.trace.migration_rate_limit_pre(int(wait * 1000))
@@ -320,6 +320,7 @@ class Source(Engine):
         trace.postcopy_start_set_run()
         self._pages.enter_postcopy()
         out.loop.forget(self.guest.pidfd)  # a dead source guest is no loss any more
+        out.loop.forget(self.guest.uffd.fd)
         out.wait_for(lambda: wire.PING_PACKAGE in self.answers.pongs, "the answer to the package")
         self.release_announcements()
         self.state.set(Status.POSTCOPY_DEVICE, Status.POSTCOPY_ACTIVE)
@@ -344,7 +345,8 @@ class Source(Engine):
         self.hold_announcements()
         self._require(self.state.set(Status.ACTIVE, new))
         self.trace.runstate_set(9, "running", 7, "finish-migrate")
-        vcpu.stop()
+        # It may be giving memory back, which has to be read of before it goes on.
+        vcpu.wait(vcpu.ask(run=False), 10.0, (self.guest.uffd.fd, self._log.read_removals))
         stopped = vcpu.words[Word.STOPPED_NS]
         self.trace.guest_stopped(stopped, vcpu.words[Word.STEP])
         if waits:
