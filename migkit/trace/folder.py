@@ -114,7 +114,7 @@ class RunFolder:
         file = self.path / META
         try:
             meta = json.loads(file.read_text())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise TraceFormatError(f"{file} is no JSON: {error}") from error
         if not isinstance(meta, dict) or meta.get("format") != FORMAT:
             found = meta.get("format") if isinstance(meta, dict) else type(meta).__name__
