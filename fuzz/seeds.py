@@ -25,8 +25,11 @@ BLOCKS = {
     RAM: BlockLayout(RAM, 64 * TARGET_PAGE, TARGET_PAGE),
     "huge": BlockLayout("huge", 4 << 20, 2 << 20),
 }
+_DEEP = b'{"format": 1, "a": ' + b"[" * 800 + b"]" * 800 + b"}\n"  # almost too deep for json
 _EVENTS = ("migrate_set_state", "ram_load_range", "postcopy_fault_local", "guest_stopped")
-_CUTS = (0, 5, 77)  # first bytes of a channel's input: how it is cut
+# First bytes of a channel's input, how it is cut: not at all, where requested pages end, often.
+_CUTS = (178, 116, 0)
+_ODD_CUTS = (23, 77)
 
 
 def _page(number: int, fill: bytes | None = None, *, named: bool = False) -> bytes:
@@ -36,27 +39,31 @@ def _page(number: int, fill: bytes | None = None, *, named: bool = False) -> byt
     return head + (fill * TARGET_PAGE if fill else b"\0")
 
 
-def _cut(*channels: bytes) -> list[bytes]:
-    return [bytes([cut]) + data for cut in _CUTS for data in channels]
+def _cut(*channels: bytes, cuts: tuple[int, ...] = _CUTS) -> list[bytes]:
+    return [bytes([cut]) + data for cut in cuts for data in channels]
+
+
+_SETUP = wire.section_start(2, "ram", wire.RAM_VERSION)
+_PLAIN = _SETUP + wire.ram_setup(BLOCKS.values(), postcopy=False) + wire.section_footer(2)
+BEGINNING = wire.header() + wire.configuration("random") + _PLAIN
+"""A stream as far as the list of RAM blocks."""
 
 
 def streams() -> list[bytes]:
-    """Return whole streams: pre-copy only, with a switchover, and a list of blocks alone."""
-    begin = wire.header() + wire.configuration("random")
-    setup = wire.section_start(2, "ram", wire.RAM_VERSION)
-    plain = setup + wire.ram_setup(BLOCKS.values(), postcopy=False) + wire.section_footer(2)
+    """Return streams: pre-copy only, with a switchover, the beginning, and what continues one."""
     zeros = _page(3, named=True) + _page(4) + _page(5)
     part = wire.section_part(2) + zeros + wire.EOS + wire.section_footer(2)
     cpu = wire.device_state(7, b"12345678" * 4)
     last = wire.section_part(2, end=True) + _page(9, b"x", named=True) + _page(10, b"y")
-    precopy = begin + plain + part + last + wire.EOS + wire.section_footer(2)
+    last += wire.EOS + wire.section_footer(2) + cpu + wire.END_OF_STREAM
     package = wire.command(Command.POSTCOPY_LISTEN) + cpu + wire.command(Command.POSTCOPY_RUN)
     postcopy = (
-        begin
+        wire.header()
+        + wire.configuration("random")
         + wire.command(Command.OPEN_RETURN_PATH)
         + wire.ping(wire.PING_RETURN_PATH)
         + wire.advise(TARGET_PAGE | (2 << 20))
-        + setup
+        + _SETUP
         + wire.ram_setup(BLOCKS.values(), postcopy=True)
         + wire.section_footer(2)
         + part
@@ -64,18 +71,19 @@ def streams() -> list[bytes]:
         + wire.command(Command.SWITCHOVER_START)
         + wire.packaged(package)
         + part
-        + wire.command(Command.RECV_BITMAP, wire.short_string(RAM))
-        + wire.command(Command.POSTCOPY_RESUME)
         + wire.END_OF_STREAM
     )
-    return _cut(precopy + cpu + wire.END_OF_STREAM, postcopy, begin + plain)
+    resumed = wire.command(Command.RECV_BITMAP, wire.short_string(RAM))
+    resumed += wire.command(Command.POSTCOPY_RESUME) + part + wire.END_OF_STREAM
+    whole = _cut(BEGINNING + part + last, postcopy, BEGINNING)
+    return whole + _cut(resumed, part + last, cuts=_ODD_CUTS)
 
 
 def preempt() -> list[bytes]:
     """Return channels of requested pages."""
     zeros = _page(1, named=True) + _page(2) + _page(63)
     data = _page(1, b"a", named=True) + _page(2, b"b") + _page(3) + _page(0, named=True)
-    return _cut(zeros + wire.EOS, data + wire.EOS, zeros)
+    return _cut(zeros + wire.EOS, data + wire.EOS, zeros) + _cut(data + zeros, cuts=_ODD_CUTS)
 
 
 def return_path() -> list[bytes]:
@@ -108,7 +116,7 @@ def control() -> list[bytes]:
         {"error": {"class": "GenericError", "desc": "no \u2192"}, "id": 2},
         {"event": "MIGRATION", "data": {"status": "active"}, "ts_ns": 1},
     ]
-    return _cut(b"".join(json.dumps(line).encode() + b"\n" for line in lines), b'{"a":[[[1]]]}\n')
+    return _cut(b"".join(json.dumps(line).encode() + b"\n" for line in lines), _DEEP)
 
 
 def traces() -> list[bytes]:
@@ -150,7 +158,7 @@ def events() -> list[bytes]:
 def metas() -> list[bytes]:
     """Return run descriptions."""
     meta = {"format": FORMAT, "status": "completed", "options": {"memory": 1 << 20}, "x": [1.5]}
-    return [json.dumps(meta, indent=1).encode(), json.dumps({"format": 2}).encode()]
+    return [json.dumps(meta, indent=1).encode(), json.dumps({"format": 2}).encode(), _DEEP]
 
 
 def arrays() -> list[bytes]:

@@ -10,6 +10,7 @@ The first byte of an input for a channel chooses the pieces in which the rest ar
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import random
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from unittest import mock
 
 from fuzz import seeds
 from fuzz.seeds import BLOCKS, RAM
@@ -29,15 +31,17 @@ from migkit.migration.return_path import MAX_MESSAGE, Bitmap, ReturnPathDecoder
 from migkit.migration.stream import EndOfStream, Packaged, StreamDecoder
 from migkit.migration.wire import MAX_PACKAGED, TARGET_PAGE
 from migkit.probe.records import FAULT_DTYPE, last_versions
+from migkit.trace import chase
 from migkit.trace.decode import event_dtype
 from migkit.trace.drain import DATA_OFFSET, Drain, published
 from migkit.trace.folder import META, SAMPLES_DTYPE, RunFolder
 from migkit.trace.logformat import format_log
 from migkit.trace.registry import Registry
-from migkit.trace.simpletrace import read
+from migkit.trace.simpletrace import Trace, read
 
 _CAPACITY = 384 << 10  # a list of blocks of the greatest length must fit
-_PIECES = (1, 3, 9, 100, 4097, RECORD_BYTES, 5000, 1 << 16)
+_PIECES = (1, 9, 100, 4097, RECORD_BYTES, RECORD_BYTES + 1 + len(RAM), 1 << 16)
+CUTS = [random.Random(byte).choices(_PIECES, k=3) for byte in range(256)]
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ def _pieces(data: bytes) -> Iterator[memoryview]:
     """Cut an input as its first byte says: the same byte always makes the same cuts."""
     if not data:
         return
-    sizes = random.Random(data[0]).choices(_PIECES, k=3)
+    sizes = CUTS[data[0]]
     left = memoryview(data)[1:]
     for size in itertools.cycle(sizes):
         if not left:
@@ -110,8 +114,14 @@ def _check_pages(decoder: StreamDecoder | PreemptDecoder, event: object) -> None
 
 
 def stream(data: bytes) -> None:
-    """Read the main channel as a destination does, packages as well."""
+    """Read the main channel as a destination does, packages as well.
+
+    With an odd first byte it is the channel that continues a stream after a break.
+    """
     decoder = StreamDecoder(BLOCKS, _CAPACITY)
+    if data[:1] and data[0] % 2:
+        list(_events(decoder, b"\0" + seeds.BEGINNING))
+        decoder = decoder.continued()
     count = 0
     for event in _events(decoder, data):
         _check_pages(decoder, event)
@@ -125,8 +135,9 @@ def stream(data: bytes) -> None:
 
 
 def preempt(data: bytes) -> None:
-    """Read the channel of requested pages; what follows its end is not looked at."""
-    decoder = PreemptDecoder(BLOCKS, _CAPACITY)
+    """Read the channel of requested pages; with an even first byte all pages are small."""
+    small = {RAM: BLOCKS[RAM]}
+    decoder = PreemptDecoder(small if data[:1] and data[0] % 2 == 0 else BLOCKS, _CAPACITY)
     for count, event in enumerate(_events(decoder, data)):
         _check_pages(decoder, event)
         assert count < len(data), "more pages than bytes"
@@ -148,7 +159,10 @@ def return_path(data: bytes) -> None:
 
 
 def received_bitmap(data: bytes) -> None:
-    """Read a received bitmap of any length."""
+    """Read a received bitmap: one that is made as long as it must be, then one of any length."""
+    size = bitmap.encoded_size(BLOCKS[RAM])
+    with contextlib.suppress(ProtocolError):
+        assert bitmap.decode(data[:size].ljust(size, b"\0"), BLOCKS[RAM]).size == 64
     bitmap.decode(data, BLOCKS[RAM])
 
 
@@ -167,13 +181,29 @@ def control(data: bytes) -> None:
         assert end.receive() is None
 
 
+def _read_trace(data: bytes) -> Trace | str:
+    """Read a trace; return what is said of it if it is refused."""
+    try:
+        return read(data)
+    except TraceFormatError as error:
+        return str(error)
+
+
 def trace(data: bytes) -> None:
-    """Read a trace and print it."""
-    found = read(data)
+    """Read a trace and print it; in lanes, as long ones are read, or without, it is the same."""
+    found = _read_trace(data)
+    with mock.patch.multiple(chase, _LANE_BYTES=128, _GUESS_BYTES=64, _STEPS_A_ROUND=2):
+        in_lanes = _read_trace(data)
+    if isinstance(found, str):
+        assert in_lanes == found
+        raise TraceFormatError(found)
     assert found.n_records <= len(data) // 32
     assert found.missing_bytes <= len(data)
-    lines = sum(1 for _ in format_log(found))
-    assert lines == sum(rows.size for rows in found.events.values())
+    lines = list(format_log(found))
+    assert len(lines) == sum(rows.size for rows in found.events.values())
+    assert isinstance(in_lanes, Trace)
+    assert list(format_log(in_lanes)) == lines
+    assert (in_lanes.n_records, in_lanes.warnings) == (found.n_records, found.warnings)
 
 
 def drain(data: bytes) -> None:
