@@ -39,7 +39,8 @@ from migkit.trace.logformat import format_log
 from migkit.trace.registry import Registry
 from migkit.trace.simpletrace import Trace, read
 
-_CAPACITY = 384 << 10  # a list of blocks of the greatest length must fit
+_STREAM_CAPACITY = 384 << 10  # a list of blocks of the greatest length must fit
+_PREEMPT_CAPACITY = 8 << 10  # two records, so that what waits is moved
 _PIECES = (1, 9, 100, 4097, RECORD_BYTES, RECORD_BYTES + 1 + len(RAM), 1 << 16)
 CUTS = [random.Random(byte).choices(_PIECES, k=3) for byte in range(256)]
 
@@ -118,7 +119,7 @@ def stream(data: bytes) -> None:
 
     With an odd first byte it is the channel that continues a stream after a break.
     """
-    decoder = StreamDecoder(BLOCKS, _CAPACITY)
+    decoder = StreamDecoder(BLOCKS, _STREAM_CAPACITY)
     if data[:1] and data[0] % 2:
         list(_events(decoder, b"\0" + seeds.BEGINNING))
         decoder = decoder.continued()
@@ -136,8 +137,8 @@ def stream(data: bytes) -> None:
 
 def preempt(data: bytes) -> None:
     """Read the channel of requested pages; with an even first byte all pages are small."""
-    small = {RAM: BLOCKS[RAM]}
-    decoder = PreemptDecoder(small if data[:1] and data[0] % 2 == 0 else BLOCKS, _CAPACITY)
+    blocks = {RAM: BLOCKS[RAM]} if data[:1] and data[0] % 2 == 0 else BLOCKS
+    decoder = PreemptDecoder(blocks, _PREEMPT_CAPACITY)
     for count, event in enumerate(_events(decoder, data)):
         _check_pages(decoder, event)
         assert count < len(data), "more pages than bytes"
