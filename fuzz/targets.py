@@ -15,6 +15,7 @@ import io
 import itertools
 import random
 import socket
+import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,21 @@ class Target:
         except self.refusals:
             return False
         return True
+
+    def peak(self, data: bytes) -> int:
+        """Return how many bytes one input takes at once, beside what is made only once."""
+        self(data)
+        tracemalloc.start()
+        try:
+            self(data)
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    def most(self, data: bytes) -> int:
+        """Return how many bytes an input may take."""
+        per_byte, least = self.memory
+        return per_byte * len(data) + least
 
 
 def _pieces(data: bytes) -> Iterator[memoryview]:
