@@ -39,17 +39,19 @@ class Outcome:
 
 
 def fuzz(name: str, runs: int) -> Outcome:
-    """Fuzz one decoder in a process of its own, from its seeds and what earlier runs kept."""
+    """Fuzz one decoder in processes of its own, from its seeds and what earlier runs kept."""
     folder = _FOLDER / name
     corpus = folder / "corpus"
     corpus.mkdir(parents=True, exist_ok=True)
     for number, seed in enumerate(TARGETS[name].seeds()):
         (corpus / f"seed-{number}").write_bytes(seed)
-    begin, inputs, found = time.monotonic(), 0, None
-    while inputs < runs and not found:
-        text = _round(name, min(runs - inputs, _ROUND), folder)
+    begin, inputs, found, text = time.monotonic(), 0, None, ""
+    for done in range(0, runs, _ROUND):
+        text = _round(name, min(runs - done, _ROUND), folder)
         inputs += _last(r"stat::number_of_executed_units: (\d+)", text)
         found = re.search(r"Test unit written to (\S+)", text)
+        if found:
+            break
     seconds = time.monotonic() - begin
     peak, greedy = (0, None) if found else _weigh(name, corpus)
     return Outcome(
