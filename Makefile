@@ -4,8 +4,9 @@ STAMP := .venv/.migkit-setup
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 SOAK_ARGS ?=
+RUNS ?= 2000000
 .DEFAULT_GOAL := help
-.PHONY: help demo lab test lint bench soak setup clean FORCE
+.PHONY: help demo lab test lint bench soak fuzz setup clean FORCE
 .PRECIOUS: $(STAMP) # interrupted, make would delete it, and with it that set-up is unfinished
 
 help: ## List what can be made
@@ -31,6 +32,11 @@ bench: $(STAMP) ## Measure the engine against a C floor (BENCH_ARGS=...)
 
 soak: $(STAMP) ## Migrate over and over, every run checked by the oracle (SOAK_ARGS=...)
 	$(PYTHON) -m benchmarks.soak $(SOAK_ARGS)
+
+fuzz: $(STAMP) ## Feed the decoders mutated bytes, guided by coverage (RUNS=2000000)
+	$(PYTHON) -c 'import atheris' 2>/dev/null || \
+	  $(PYTHON) -m pip install -q --disable-pip-version-check -e '.[fuzz]'
+	$(PYTHON) -m fuzz --runs $(RUNS)
 
 setup: ## Only set up, again even where it was done
 	@scripts/setup

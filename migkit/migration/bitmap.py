@@ -36,6 +36,11 @@ def encode(received: Mask, block: BlockLayout) -> bytes:
 
 def decode(data: bytes, block: BlockLayout) -> Mask:
     """Return which host pages were received; raises :class:`ProtocolError` for a wrong frame."""
+    if len(data) != encoded_size(block):
+        raise ProtocolError(
+            f"{len(data)} bytes for the received bitmap of {block.name!r}, "
+            f"expected {encoded_size(block)}"
+        )
     size, expected = _U64.unpack_from(data)[0], _bitmap_bytes(block)
     if size != expected:
         raise ProtocolError(

@@ -66,7 +66,7 @@ class ControlSocket:
     def _parse(line: bytes) -> dict[str, Any]:
         try:
             message = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ProtocolError(f"control: {line[:60]!r} is no JSON: {error}") from error
         if not isinstance(message, dict):
             raise ProtocolError(f"control: {line[:60]!r} is no JSON object")

@@ -205,9 +205,9 @@ class EngineProcess(Remote):
         """Let the engine end, by force if it must be, and save the rest of its trace."""
         super().quit()
         with self._draining:
-            if self._drain:
-                self._drain.close()
-                self._drain = None
+            drain, self._drain = self._drain, None
+            if drain:
+                drain.close()
 
     def close(self) -> None:
         """Quit and close everything."""

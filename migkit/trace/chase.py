@@ -103,18 +103,20 @@ def _chase(data: Bytes, start: int) -> Offsets:
     firsts = _guess_firsts(data, start, stop)
     limits = np.append(firsts[1:], stop)
     lengths = np.ndarray((stop + 1,), np.uint32, data.data, _LENGTH_AT, strides=(1,))
-    rounds = []
+    found = []
     at = firsts
-    while (at < limits).any():
+    while at.size:
         steps = np.empty((_STEPS_A_ROUND, at.size), np.int64)
         for step in steps:
             step[:] = at
             at = at + lengths[at]
             at += TYPE_BYTES
             np.minimum(at, limits, out=at)  # a lane that is done waits at its limit
-        rounds.append(steps.T)
-    by_lane = np.concatenate(rounds, axis=1)
-    return by_lane[by_lane < limits[:, None]]
+        by_lane = steps.T
+        found.append(by_lane[by_lane < limits[:, None]])
+        going = at < limits  # lanes can be of very different lengths: each costs only its own
+        at, limits = at[going], limits[going]
+    return np.sort(np.concatenate(found), kind="stable")
 
 
 def _guess_firsts(data: Bytes, start: int, stop: int) -> Offsets:

@@ -31,7 +31,13 @@ def event_dtype(event: Event) -> np.dtype[np.void]:
 
 
 def _field_names(event: Event) -> list[str]:
-    return [arg.name + "_" * (arg.name in _COMMON) for arg in event.args]
+    names: list[str] = []
+    for arg in event.args:
+        name = arg.name
+        while name in _COMMON or name in names:
+            name += "_"
+        names.append(name)
+    return names
 
 
 def payload_bounds(event: Event) -> tuple[int, int]:

@@ -15,6 +15,7 @@ import os
 import time
 from typing import TYPE_CHECKING
 
+from migkit.errors import TraceFormatError
 from migkit.trace.layout import dropped_record
 
 if TYPE_CHECKING:
@@ -58,8 +59,16 @@ class Drain:
         self._closed = False
 
     def pump(self) -> int:
-        """Copy what is new to the file and free its memory; return the number of bytes."""
+        """Copy what is new to the file and free its memory; return the number of bytes.
+
+        Raises TraceFormatError when the number of valid bytes is one that cannot be.
+        """
         begin, end = self._drained, DATA_OFFSET + self._control[0]
+        if not begin <= end <= len(self._view):
+            raise TraceFormatError(
+                f"the trace buffer's count of valid bytes is {end - DATA_OFFSET}, expected "
+                f"{begin - DATA_OFFSET} to {len(self._view) - DATA_OFFSET}: something wrote over it"
+            )
         while self._drained < end:
             chunk = self._view[self._drained : min(end, self._drained + _COPY_BYTES)]
             self._file.write(chunk)
@@ -75,13 +84,15 @@ class Drain:
         if self._closed:
             return
         self._closed = True
-        self.pump()
-        if self._control[1]:
-            record = dropped_record(self._control[1], time.monotonic_ns(), 0)
-            self._file.write(record)
-        self._file.flush()
-        self._control.release()
-        self._view.release()
+        try:
+            self.pump()
+            if self._control[1]:
+                record = dropped_record(self._control[1], time.monotonic_ns(), 0)
+                self._file.write(record)
+            self._file.flush()
+        finally:
+            self._control.release()
+            self._view.release()
 
     def _punch(self) -> None:
         """Free the pages that are copied whole (MADV_REMOVE is fallocate's PUNCH_HOLE)."""

@@ -13,7 +13,7 @@ import platform
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -114,7 +114,7 @@ class RunFolder:
         file = self.path / META
         try:
             meta = json.loads(file.read_text())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise TraceFormatError(f"{file} is no JSON: {error}") from error
         if not isinstance(meta, dict) or meta.get("format") != FORMAT:
             found = meta.get("format") if isinstance(meta, dict) else type(meta).__name__
@@ -141,13 +141,29 @@ class RunFolder:
         file = self.path / name
         if not file.exists():
             return np.empty(0, dtype)
-        try:
-            rows = np.load(file, allow_pickle=False)
-        except (ValueError, EOFError, OSError) as error:
-            raise TraceFormatError(f"{file} is cut off or no numpy file: {error}") from error
-        if rows.dtype != dtype:
-            raise TraceFormatError(f"{file} holds {rows.dtype}, expected {dtype}")
-        return np.asarray(rows)
+        with file.open("rb") as opened:
+            try:
+                shape, _, found = _npy_header(opened)
+            except Exception as error:  # numpy's raises whatever Python's own parser does
+                raise TraceFormatError(f"{file} is cut off or no numpy file: {error}") from error
+            if found != dtype or len(shape) != 1:
+                raise TraceFormatError(f"{file} holds {found} {shape}, expected {dtype} (n,)")
+            # np.load would take the memory that the header claims before it looks for the data.
+            n_bytes = shape[0] * dtype.itemsize
+            left = os.fstat(opened.fileno()).st_size - opened.tell()
+            if not 0 <= n_bytes <= left:
+                raise TraceFormatError(f"{file} is cut off: {left} bytes of data of {n_bytes}")
+            return np.fromfile(opened, dtype, shape[0])
+
+
+def _npy_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Read the head of a numpy file: the array's shape, its order, its dtype."""
+    version = np.lib.format.read_magic(file)
+    if version == (1, 0):
+        return np.lib.format.read_array_header_1_0(file)
+    if version == (2, 0):
+        return np.lib.format.read_array_header_2_0(file)
+    raise ValueError(f"numpy's format {version}, we read (1, 0) and (2, 0)")
 
 
 def host_facts() -> dict[str, Any]:

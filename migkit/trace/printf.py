@@ -19,8 +19,11 @@ Convert: TypeAlias = Callable[[Value], object]
 
 _MODIFIER_BITS = {"hh": 8, "h": 16, "": 32, "l": 64, "ll": 64, "j": 64, "z": 64, "t": 64}
 
+_MAX_WIDTH = 999
+"""Ours: C's is 2³¹ - 1, and a trace or a format could ask for a line of as many spaces."""
+
 _CONVERSION = re.compile(
-    r"%(?P<flags>[-+ #0]*)(?P<width>\*|\d+)?(?P<precision>\.(?:\*|\d*))?"
+    r"%(?P<flags>[-+ #0]*)(?P<width>\*|[0-9]{1,3})?(?P<precision>\.(?:\*|[0-9]{0,3}))?"
     r"(?P<modifier>hh|h|ll|l|j|z|t)?(?P<letter>[diouxXcsp%])"
 )
 
@@ -70,7 +73,7 @@ def _converters(match: re.Match[str]) -> Iterator[Convert]:
     flags, letter = match["flags"], match["letter"]
     for part in (match["width"], match["precision"]):
         if part and part.endswith("*"):
-            yield _integer(32, signed=True)
+            yield _width
     if letter == "s":
         yield str
     elif letter == "p":
@@ -80,6 +83,11 @@ def _converters(match: re.Match[str]) -> Iterator[Convert]:
     elif letter != "%":
         convert = _integer(_MODIFIER_BITS[match["modifier"] or ""], signed=letter in "di")
         yield _alternate(convert, letter) if "#" in flags else convert
+
+
+def _width(value: Value) -> int:
+    """Convert what a ``*`` takes, within the widths that a format itself may have."""
+    return max(-_MAX_WIDTH, min(narrow(int(value), 32, signed=True), _MAX_WIDTH))
 
 
 def _integer(bits: int, *, signed: bool) -> Convert:

@@ -167,7 +167,11 @@ def _parse(path: Path) -> list[Event]:
     """Parse all lines of a trace-events file."""
     events: dict[str, Event] = {}
     comment: list[str] = []
-    for number, raw in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise TraceFormatError(f"{path} is no text in UTF-8: {error}") from error
+    for number, raw in enumerate(text.splitlines(), 1):
         line = raw.strip()
         if line.startswith("#"):
             comment.append(line.lstrip("# "))
@@ -198,7 +202,7 @@ def _parse_event(line: str, event_id: int, comment: str) -> Event:
     if wanted != len(args):
         raise ValueError(f"format {template!r} prints {wanted} values of {len(args)} arguments")
     group = _GROUP.search(comment)
-    return Event(
+    event = Event(
         id=event_id,
         name=match["name"],
         args=args,
@@ -207,6 +211,11 @@ def _parse_event(line: str, event_id: int, comment: str) -> Event:
         group=group[1] if group else "",
         disabled="disable" in properties,
     )
+    try:
+        event.format_args(["" if arg.is_string else 0 for arg in args])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"format {template!r} cannot print these arguments: {error}") from error
+    return event
 
 
 def _parse_arguments(text: str) -> tuple[Argument, ...]:
