@@ -144,6 +144,8 @@ def _make(config: GuestConfig) -> tuple[Guest, GuestReady, list[int]]:
         os.sched_setaffinity(0, {config.cpu})
     workload = config.spec.load()
     ram = RamBlock.create(config.block, config.memory, config.page_size)
+    if config.lock:
+        ram.lock()
     vcpu = VCpu.create()
     guest = Guest(workload, ram, vcpu, config.rate)
     if config.populate:

@@ -26,6 +26,7 @@ class GuestConfig:
     populate: bool = True
     block: str = "pc.ram"
     cpu: int | None = None
+    lock: bool = False
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import ctypes
 import errno
 import mmap
 import os
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from migkit.errors import CapabilityError, OptionError
+from migkit.kernel.cgroup import memory_left
 
 PAGE_SIZE = mmap.PAGESIZE
 HUGE_PAGE_SIZES = (2 << 20, 1 << 30)
@@ -27,10 +29,12 @@ HUGE_PAGE_SIZES = (2 << 20, 1 << 30)
 _FALLOC_FL_KEEP_SIZE = 1
 _FALLOC_FL_PUNCH_HOLE = 2
 _MFD_HUGE_SHIFT = 26
+_MLOCK_ONFAULT = 1
 _MADV_POPULATE_READ = 22  # Linux 5.14; where it is unknown, page tables fill one fault at a time
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_libc.mlock2.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong)
 
 
@@ -79,6 +83,19 @@ class RamBlock:
     def address(self) -> int:
         """The address at which this process maps the block."""
         return int(self.pages.ctypes.data)
+
+    def lock(self) -> None:
+        """Lock this process's mapping: each page from when it is there (MLOCK_ONFAULT).
+
+        So no page is asked for, which in post-copy could not be answered.
+        Raises :class:`CapabilityError` beyond RLIMIT_MEMLOCK.
+        """
+        if _libc.mlock2(self.address, self.size, _MLOCK_ONFAULT) != 0:
+            limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] >> 10
+            raise CapabilityError(
+                f"{self.size >> 10} KiB of RAM cannot be locked, the limit is {limit} KiB: run as "
+                "root, or raise it (ulimit -l)"
+            )
 
     def write(self, first_page: int, data: npt.NDArray[np.uint8]) -> None:
         """Write whole pages from an array (n, page_size), while no one faults on them.
@@ -171,12 +188,17 @@ def check_size(size: int, page_size: int) -> None:
         )
 
 
-def memory_available() -> int:
-    """Return MemAvailable of /proc/meminfo in bytes."""
+def memory_available(pid: int | None = None) -> int:
+    """Return how much memory a process (this one) may still take, in bytes.
+
+    That is MemAvailable of /proc/meminfo, or less where its control groups allow less.
+    """
+    available = 0
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) << 10
-    return 0
+            available = int(line.split()[1]) << 10
+    left = memory_left(os.getpid() if pid is None else pid)
+    return available if left is None else min(available, left)
 
 
 def huge_pages_free(page_size: int) -> int:

@@ -32,6 +32,7 @@ class Answers:
         self.rp_error: int | None = None
         self.received: npt.NDArray[np.bool_] | None = None  # after a break
         self.resume_acked = False
+        self.switchover_acked = False
 
     def take(self, message: Incoming) -> None:
         """Take a message off the return path that is no request for a page."""
@@ -43,6 +44,9 @@ class Answers:
             case Value(Message.RESUME_ACK, value):
                 trace.source_return_path_thread_resume_ack(value)
                 self.resume_acked = value == return_path.RESUME_ACK_VALUE
+            case Value(Message.SWITCHOVER_ACK):
+                trace.source_return_path_thread_switchover_acked()
+                self.switchover_acked = True
             case Bitmap(name, data):
                 trace.ram_dirty_bitmap_reload_begin(name)
                 self.received = bitmap.decode(data, self._layout)

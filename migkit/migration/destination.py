@@ -22,7 +22,7 @@ from migkit.migration import bitmap, return_path, states, wire
 from migkit.migration.control import ControlSocket
 from migkit.migration.engine import Attachment, Deadline, Engine
 from migkit.migration.inbound import Inbound
-from migkit.migration.loading import Loader, require_same, require_same_blocks
+from migkit.migration.loading import Loader, require_memory, require_same, require_same_blocks
 from migkit.migration.loop import Loop
 from migkit.migration.placing import HostPages, Placer
 from migkit.migration.records import Page, Pages
@@ -244,6 +244,10 @@ class Destination(Engine):
                 require_same("workload (machine type)", machine, self.guest.identity)
             case RamSetup(blocks):
                 require_same_blocks(blocks, self.guest.layout)
+                require_memory(self.guest)
+                if self.options.switchover_ack:
+                    self.trace.loadvm_approve_switchover(0)
+                    self._reply(Message.SWITCHOVER_ACK, return_path.switchover_ack())
             case Packaged(blob):
                 self._package(blob)
             case DeviceState(_, data):

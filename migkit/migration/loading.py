@@ -7,8 +7,9 @@ import struct
 import numpy as np
 
 from migkit.errors import MigrationError, ProtocolError
-from migkit.kernel.memory import RamBlock
+from migkit.kernel.memory import PAGE_SIZE, RamBlock, memory_available
 from migkit.migration import wire
+from migkit.migration.engine import GuestParts
 from migkit.migration.framing import runs_of
 from migkit.migration.placing import HostPages, Placer
 from migkit.migration.records import Pages
@@ -28,6 +29,19 @@ def require_same_blocks(blocks: tuple[wire.BlockLayout, ...], ours: wire.BlockLa
     require_same("RAM blocks", names, ours.name)
     require_same(f"size of RAM block {ours.name}", blocks[0].size, ours.size)
     require_same(f"page size of RAM block {ours.name}", blocks[0].page_size, ours.page_size)
+
+
+def require_memory(guest: GuestParts) -> None:
+    """Raise :class:`MigrationError` when the RAM to come would not fit, before any of it comes.
+
+    The pages are charged to the guest's process, by whomever they are placed.
+    """
+    ram = guest.ram
+    need = f"RAM of {ram.size >> 10} KiB will come from the source, the destination"
+    if ram.page_size == PAGE_SIZE:
+        left = memory_available(guest.pid)
+        if left < ram.size:
+            raise MigrationError(f"{need} has {left >> 10} KiB left")
 
 
 class Loader:

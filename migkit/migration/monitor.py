@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from migkit.errors import ProtocolError, TraceFormatError
 from migkit.guest.handle import GuestProcess
 from migkit.guest.vcpu import Word
 from migkit.migration.pagemap import Row
@@ -130,8 +131,12 @@ class Monitor:
                 self._sample()
 
     def _read(self, remote: Remote) -> None:
-        remote.read()
         with self._changed:
+            try:
+                remote.read()
+            except ProtocolError as error:  # it is not what we started any more
+                self.errors.append(f"{remote.name}: {error}")
+                remote.child.kill()
             if remote.gone and not self.ending:
                 words = remote.last_words()
                 self.errors.append(f"{remote.name}: the process died: {words}")
@@ -145,7 +150,12 @@ class Monitor:
             (time.monotonic_ns(), *steps, *(row[c] for row in rows for c in Counter))
         )
         for engine in self._engines.values():
-            engine.drain()
+            try:
+                engine.drain()
+            except (TraceFormatError, OSError) as error:
+                text = f"{engine.name}: its trace could not be saved: {error}"
+                if text not in self.errors:
+                    self.errors.append(text)
 
     def hear(self, role: str, message: dict[str, Any]) -> None:
         """Note an event that a side sent."""

@@ -60,6 +60,16 @@ class Options:
         "limit of post-copy's background transfer in bytes a second; 0 for none",
         qemu="max-postcopy-bandwidth",
     )
+    mem_lock: bool = option(
+        False,
+        "lock guest RAM: its pages stay in memory from when they are there",
+        qemu="-overcommit mem-lock",
+    )
+    switchover_ack: bool = option(
+        False,
+        "switch only when the destination has said that it is ready",
+        qemu="switchover-ack",
+    )
     downtime_limit: float = option(
         0.3,
         "how long the guest may stand still at the end of pre-copy, in s",
@@ -111,6 +121,8 @@ class Options:
             if isinstance(value, int | float) and not 0 <= value < math.inf:
                 raise OptionError(f"{f.name} of {value} is not a number from 0 on")
         Trigger.parse(self.postcopy)
+        if self.switchover_ack and not self.uses_return_path:
+            raise OptionError("switchover_ack comes on the return path: return_path must be on")
         allowed = os.sched_getaffinity(0)
         if not allowed.issuperset(cpu for cpu in self.cpu_list() if cpu is not None):
             raise OptionError(f"cpus {self.cpus!r}: this process may use {sorted(allowed)}")

@@ -73,6 +73,11 @@ def resume_ack() -> bytes:
     return _HEAD.pack(Message.RESUME_ACK, 4) + _U32.pack(RESUME_ACK_VALUE)
 
 
+def switchover_ack() -> bytes:
+    """Encode SWITCHOVER_ACK: from the destination's side the guest may be switched over."""
+    return _HEAD.pack(Message.SWITCHOVER_ACK, 0)
+
+
 def received_bitmap(block: str, raw: bytes) -> bytes:
     """Encode RECV_BITMAP with the raw bitmap behind it."""
     data = short_string(block)

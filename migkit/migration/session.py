@@ -38,7 +38,7 @@ from migkit.trace.registry import Registry
 log = logging.getLogger(__name__)
 
 _WARM_UP_S = 0.05  # the guest runs a little before it is moved
-_GUEST_OPTIONS = {"memory", "page_size", "seed", "rate"}
+_GUEST_OPTIONS = {"memory", "page_size", "seed", "rate", "mem_lock"}
 _NOT_RECOVERED = {Status.POSTCOPY_PAUSED, Status.FAILED, Status.POSTCOPY_RECOVER_SETUP}
 
 
@@ -107,7 +107,7 @@ class Session:
                 continue
             config = GuestConfig(
                 self.spec, self.options.memory, self.options.page_size, self.options.rate,
-                populate=populate, cpu=cpu,
+                populate=populate, cpu=cpu, lock=self.options.mem_lock,
             )  # fmt: skip
             self._guests[role] = GuestProcess(config, self.folder.log(f"guest-{role}"))
         n_pages = self.options.memory // self.options.page_size

@@ -265,7 +265,7 @@ class Source(Engine):
             self._check_cancel()
             if self._postcopy_due(convergence):
                 return True
-            if convergence.pending <= convergence.threshold:
+            if convergence.pending <= convergence.threshold and self._may_switch():
                 return False
 
     def _batches(self, pages: Indices) -> list[Indices]:
@@ -287,7 +287,11 @@ class Source(Engine):
             self.trace.migration_rate_limit_post(0)
 
     def _postcopy_due(self, convergence: Convergence) -> bool:
-        return self.options.postcopy_ram and (self.postcopy_asked or convergence.postcopy_due())
+        due = self.postcopy_asked or convergence.postcopy_due()
+        return self.options.postcopy_ram and due and self._may_switch()
+
+    def _may_switch(self) -> bool:
+        return self.answers.switchover_acked or not self.options.switchover_ack
 
     def _sync(self) -> int:
         """Take the dirty log over; return how many pages are dirty now."""
