@@ -346,7 +346,8 @@ class Source(Engine):
     def _stop_guest(self) -> None:
         vcpu, waits = self.guest.vcpu, self.options.pause_before_switchover
         new = Status.PRE_SWITCHOVER if waits else Status.DEVICE
-        self.hold_announcements()
+        if waits:  # it is told when the guest stands still
+            self.hold_announcements()
         self._require(self.state.set(Status.ACTIVE, new))
         self.trace.runstate_set(9, "running", 7, "finish-migrate")
         # It may be giving memory back, which has to be read of before it goes on.
