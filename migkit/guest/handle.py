@@ -60,6 +60,11 @@ class GuestProcess:
         return self.child.exit_code is None
 
     @property
+    def is_running(self) -> bool:
+        """Whether it is alive and was last asked to run."""
+        return self.is_ready and self.vcpu.running and self.is_alive
+
+    @property
     def pid(self) -> int:
         """The process id."""
         return self.child.pid

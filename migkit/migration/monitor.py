@@ -56,7 +56,7 @@ class Monitor:
         self._changed = threading.Condition()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="migkit-monitor", daemon=True)
-        self._given_back = False
+        self._given_back = ""  # to whom
         self.ending = False  # who dies from now on was asked to
 
     def start(self, *others: Remote) -> None:
@@ -228,11 +228,12 @@ class Monitor:
     def _give_back(self) -> None:
         """Let the source's guest go on: by its engine if it lives, else by ourselves."""
         source = self._engines[SOURCE]
-        if source.gone:
+        if source.gone and self._given_back != "to the guest":
+            self._given_back = "to the guest"
             guest = self._guests[SOURCE]
             with contextlib.suppress(OSError):  # its dirty log, if there was one, ends with it
                 guest.uffd.unregister(guest.info.address, guest.ram.size)
             guest.vcpu.ask(run=True)
         elif not self._given_back:
+            self._given_back = "to the source"
             source.tell("take-back")
-        self._given_back = True

@@ -202,6 +202,25 @@ class Session:
         return self._monitor.status(SOURCE)
 
     @property
+    def destination_status(self) -> Status:
+        """The destination's state."""
+        return self._monitor.status(DESTINATION)
+
+    @property
+    def pids(self) -> dict[str, int]:
+        """The processes, by what they are: ``source``, ``source guest``, ``probe`` and so on."""
+        pids = {role: engine.child.pid for role, engine in self._engines.items()}
+        pids |= {f"{role} guest": guest.pid for role, guest in self._guests.items()}
+        if self._probe:
+            pids["probe"] = self._probe.pid
+        return pids
+
+    @property
+    def running_guests(self) -> list[str]:
+        """The sides whose guest is alive and was asked to run: one at most, ever."""
+        return [role for role, guest in self._guests.items() if guest.is_running]
+
+    @property
     def statuses(self) -> list[tuple[int, str, str]]:
         """Every state that a side has entered: (ts_ns, role, status)."""
         return self._monitor.statuses
@@ -264,7 +283,7 @@ class Session:
     def _survivor(self) -> GuestProcess:
         """Return the guest that goes on when the migration has come to its end."""
         self._engine(SOURCE)
-        completed = self._monitor.status(DESTINATION) == Status.COMPLETED
+        completed = self.destination_status == Status.COMPLETED
         return self._guests[DESTINATION if completed else SOURCE]
 
     def again(self, *, path: str | os.PathLike[str] | None = None, **options: Any) -> Self:
@@ -331,7 +350,7 @@ class Session:
         probe = self._probe_result
         return {
             "status": self.status.value,
-            "destination_status": self._monitor.status(DESTINATION).value,
+            "destination_status": self.destination_status.value,
             "workload": {
                 "name": self.spec.name,
                 "seed": self.spec.seed,

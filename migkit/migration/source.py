@@ -65,6 +65,7 @@ class Source(Engine):
         self.cancel_asked = False
         self.continue_asked = False
         self.committed = bool(attachment.paused_ns)
+        self.guest_stopped = self.committed
         self.taken_back = False
         self.completing = False
         self.log: DirtyLog | None = None
@@ -106,9 +107,9 @@ class Source(Engine):
         """Let the guest go on here: the destination never ran it, and never will."""
         self.taken_back = True
         if not self.is_busy:
+            self._resume_guest()
             if self.state.set(Status.POSTCOPY_PAUSED, Status.FAILED):
                 self._put_down()
-            self._resume_guest()
 
     def migrate(self, uri: str, *, resume: bool = False) -> None:
         """Move the guest to whoever listens at ``uri``, to the end.
@@ -350,6 +351,7 @@ class Source(Engine):
             self.hold_announcements()
         self._require(self.state.set(Status.ACTIVE, new))
         self.trace.runstate_set(9, "running", 7, "finish-migrate")
+        self.guest_stopped = True
         # It may be giving memory back, which has to be read of before it goes on.
         vcpu.wait(vcpu.ask(run=False), 10.0, (self.guest.uffd.fd, self._log.read_removals))
         stopped = vcpu.words[Word.STOPPED_NS]
@@ -477,25 +479,30 @@ class Source(Engine):
         if stays and not self.taken_back:
             self.control.event("PAUSED", desc=str(error) or type(error).__name__)
             self.state.set(before, Status.POSTCOPY_PAUSED)
-        else:
-            self.control.event("ERROR", desc=str(error) or type(error).__name__)
-            if stream_error and not self.completing:
-                trace.migration_thread_file_err()
-            elif stream_error and not self.answers.is_open:
-                trace.migration_completion_file_err()
-            self.answers.abandon(broken=stream_error or isinstance(error, ProtocolError))
-            self.state.set(before, Status.FAILED)
-        # A destination that gives up before it has run the guest has ended its own.
-        given_back = self.answers.gave_up and before in (Status.DEVICE, Status.POSTCOPY_DEVICE)
-        given_back = given_back and wire.PING_PACKAGE not in self.answers.pongs
-        if not self.committed or given_back or self.taken_back:
+            return
+        self.control.event("ERROR", desc=str(error) or type(error).__name__)
+        if stream_error and not self.completing:
+            trace.migration_thread_file_err()
+        elif stream_error and not self.answers.is_open:
+            trace.migration_completion_file_err()
+        self.answers.abandon(broken=stream_error or isinstance(error, ProtocolError))
+        if self._guest_is_ours(before):
             self._resume_guest()
+        self.state.set(before, Status.FAILED)
+
+    def _guest_is_ours(self, status: Status) -> bool:
+        """Whether the guest, of a migration that failed in this state, may go on here."""
+        # A destination that gives up before it has run the guest has ended its own.
+        given_back = self.answers.gave_up and wire.PING_PACKAGE not in self.answers.pongs
+        in_switch = status in (Status.DEVICE, Status.POSTCOPY_DEVICE)
+        return not self.committed or self.taken_back or (given_back and in_switch)
 
     def _resume_guest(self) -> None:
-        vcpu = self.guest.vcpu
-        if not vcpu.running:
+        """Start the guest if it is we who have stopped it, and have not started it since."""
+        if self.guest_stopped:
             self.trace.runstate_set(7, "finish-migrate", 9, "running")
-            vcpu.start()
+            self.guest.vcpu.start()
+            self.guest_stopped = False
 
     @property
     def _out(self) -> Outbound:

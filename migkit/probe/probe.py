@@ -122,6 +122,11 @@ class Probe:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
+    @property
+    def pid(self) -> int:
+        """The process id of the collector; raises OptionError when none is attached."""
+        return self._require().process.pid
+
     def start(self) -> None:
         """Attach; after it returns, faults in the watched ranges are recorded."""
         with self._lock:
