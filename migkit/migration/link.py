@@ -63,7 +63,8 @@ class Link:
 
     def bytes_in(self, seconds: float, least: int, most: int) -> int:
         """Return what the link carries in a time, within bounds."""
-        return int(min(max(self.bytes_per_s * seconds, least), most))
+        carried = self.bytes_per_s * seconds if seconds else 0.0  # the rate may be infinity
+        return int(min(max(carried, least), most))
 
 
 class Fifo(Generic[T]):
@@ -78,17 +79,22 @@ class Fifo(Generic[T]):
         self._rate, self._latency_s = link.bytes_per_s, link.latency_s
         self.queue_limit = link.bytes_in(_QUEUE_S, _LEAST_QUEUE, _MOST_QUEUE)
         self._queue_s = self.queue_limit / self._rate
-        in_flight = _MOST_IN_FLIGHT if link.latency_s else 0  # a bandwidth may be without limit
-        self._most_held = self.queue_limit + link.bytes_in(link.latency_s or 1.0, 0, in_flight)
+        in_flight = link.bytes_in(link.latency_s, self.queue_limit, _MOST_IN_FLIGHT)
+        self._most_held = self.queue_limit + in_flight
         self._free_at = 0.0
         self._parcels: deque[tuple[float, int, T]] = deque()
         self.held_bytes = 0
         """What has entered and not arrived: the queue and what is in flight."""
         self.peak_queue_bytes = 0
 
-    def push(self, now: float, n_bytes: int, parcel: T) -> None:
-        """Let a parcel enter the link, behind all that is in it."""
-        self._free_at = max(now, self._free_at) + n_bytes / self._rate
+    def push(self, now: float, n_bytes: int, parcel: T, *, waited: bool = False) -> None:
+        """Let a parcel enter the link, behind all that is in it.
+
+        One that ``waited`` was there before the link was free: the wire carried it without a
+        gap, however late it is pushed.
+        """
+        begin = self._free_at if waited else max(now, self._free_at)
+        self._free_at = begin + n_bytes / self._rate
         self._parcels.append((self._free_at + self._latency_s, n_bytes, parcel))
         self.held_bytes += n_bytes
         self.peak_queue_bytes = max(self.peak_queue_bytes, self.queued_bytes(now))
@@ -112,10 +118,16 @@ class Fifo(Generic[T]):
         """When the next parcel arrives; infinity when the link is empty."""
         return self._parcels[0][0] if self._parcels else math.inf
 
+    def has_room(self, now: float) -> bool:
+        """Whether more may enter."""
+        return self.held_bytes < self._most_held and self._free_at - self._queue_s <= now
+
     @property
-    def room_at(self) -> float:
-        """When the queue has room; infinity when parcels have to arrive first."""
-        return math.inf if self.held_bytes >= self._most_held else self._free_at - self._queue_s
+    def refill_at(self) -> float:
+        """When the queue is down to its half; infinity when parcels have to arrive first."""
+        if self.held_bytes >= self._most_held:
+            return math.inf
+        return self._free_at - self._queue_s / 2
 
 
 class Clock:

@@ -30,9 +30,9 @@ from migkit.migration.relayed import CHANNELS, DIRECTIONS, RESET, Channel, Flow
 
 log = logging.getLogger(__name__)
 
-_PIECE_S = 100e-6  # what is read of a channel at once: the wire's grain
-_LEAST_PIECE, _MOST_PIECE = 2 << 10, 64 << 10
-_BUFFER_S = 2e-3  # what our sockets may hold beside the FIFO
+_PIECE_S = 200e-6  # what is read of a channel at once: the wire's grain
+_LEAST_PIECE, _MOST_PIECE = 2 << 10, 128 << 10
+_BUFFER_S = 2e-3  # what our sockets may hold before the FIFO
 _LEAST_BUFFER, _MOST_BUFFER = 64 << 10, 1 << 20
 _CONNECT_TIMEOUT_S = 2.0
 
@@ -126,6 +126,8 @@ class Relay:
         """Relay and obey until ``quit`` or the session is gone."""
         while not self._quitting:
             ready, writable, _ = select.select(*self._awaiting())
+            for direction in DIRECTIONS:
+                self._read(direction)
             if not self._clock.stands:
                 for flow in self._flows():
                     if flow.pending and flow.onward in writable:
@@ -133,8 +135,6 @@ class Relay:
                 for direction in DIRECTIONS:
                     self._deliver(direction)
                 self._settle()
-            for direction in DIRECTIONS:
-                self._read(direction)
             if self._listener in ready:
                 self._accept()
             if self._control in ready:
@@ -152,10 +152,12 @@ class Relay:
         for direction, fifo in self._fifos.items():
             wake = min(wake, fifo.arrival)
             readable = [flow for flow in self._flows(direction) if flow.readable]
-            if fifo.room_at <= now:
+            if fifo.has_room(now):
                 readers += readable
             elif readable:
-                wake = min(wake, fifo.room_at)
+                wake = min(wake, fifo.refill_at)
+                for flow in readable:
+                    flow.note_backlog(self._piece)
         if self._clock.stands:
             return readers, [], [], None
         writers = [flow.onward for flow in self._flows() if flow.pending]
@@ -193,20 +195,21 @@ class Relay:
     def _read(self, direction: str) -> None:
         """Read a piece of each channel while there is room, of the one longest not read first.
 
-        All are tried, not only those of which select told: it was not asked while the FIFO was
-        full, and a channel that always has more would keep the others out.
+        All are tried: while the FIFO was full select was not asked, and a channel that always
+        has more would keep the others out.
         """
         fifo = self._fifos[direction]
         for one in sorted(self._channels, key=lambda one: one.flows[direction].last_read):
             flow, now = one.flows[direction], self._clock.now()
-            if not flow.readable or fifo.room_at > now:
+            if not flow.readable or not fifo.has_room(now):
                 continue
             try:
                 data = flow.read(self._piece)
             except BlockingIOError:
                 continue
             flow.last_read = now
-            fifo.push(now, len(data or b""), (one, data))
+            n_bytes = len(data or b"")
+            fifo.push(now, n_bytes, (one, data), waited=flow.was_waiting(n_bytes))
 
     def _accept(self) -> None:
         """Take a channel of the source and connect it on; strangers are turned away."""
@@ -229,7 +232,6 @@ class Relay:
         if math.isfinite(self._link.bytes_per_s):
             size = self._link.bytes_in(_BUFFER_S, _LEAST_BUFFER, _MOST_BUFFER)
             for sock in (near, far):
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
         self._channels.append(Channel(self._awaited.pop(0), near, far))
         if not self._awaited:

@@ -6,8 +6,11 @@ a last message does not lose it.
 
 from __future__ import annotations
 
+import array
 import contextlib
+import fcntl
 import socket
+import termios
 
 from migkit.migration.channel import Outgoing
 
@@ -29,6 +32,7 @@ class Flow:
         self._delivered_all = False
         self.closed = False  # nothing goes through any more
         self.last_read = 0.0
+        self._known_bytes = 0
 
     def fileno(self) -> int:
         """Return the descriptor that is read, for select."""
@@ -59,6 +63,19 @@ class Flow:
         """Whether it has come to its end."""
         return self.closed or (self._delivered_all and not self.pending)
 
+    def note_backlog(self, piece: int) -> None:
+        """Look how much has come that the link has no room for, if a ``piece`` is not known of."""
+        if self._known_bytes < piece:
+            size = array.array("i", [0])
+            fcntl.ioctl(self._end, termios.FIONREAD, size)
+            self._known_bytes = size[0]
+
+    def was_waiting(self, n_bytes: int) -> bool:
+        """Whether what was read is of the backlog that was noted."""
+        waited = 0 < n_bytes <= self._known_bytes
+        self._known_bytes = max(0, self._known_bytes - n_bytes)
+        return waited
+
     def read(self, most: int) -> bytes | None:
         """Read a piece, :data:`END` or :data:`RESET`; raises BlockingIOError when none is there."""
         try:
@@ -74,8 +91,8 @@ class Flow:
         try:
             if data == END:
                 self._delivered_all = True
-            else:
-                self._out.send(data)
+            elif not self._out.send(data):
+                self._known_bytes = 0  # it waits for its receiver now, not for the link
             self._end_when_sent()
         except ConnectionError:  # the receiver is gone: who reads from it will find out
             self.closed = True
