@@ -23,7 +23,7 @@ _SECONDS = {"us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0}
 _LONGEST_S = 10.0
 _SLOWEST = 1000.0  # bytes/s: slower, and a page takes longer than any engine waits
 
-_QUEUE_S = 500e-6
+_QUEUE_S = 250e-6
 _LEAST_QUEUE, _MOST_QUEUE = 8 << 10, 1 << 20
 _MOST_IN_FLIGHT = 64 << 20
 
@@ -70,7 +70,7 @@ class Link:
 class Fifo(Generic[T]):
     """One direction of a link, shared by all its channels.
 
-    What has not departed is the queue; it is bounded, and short (500 µs of the bandwidth) as that
+    What has not departed is the queue; it is bounded, and short (250 µs of the bandwidth) as that
     of a network card is, for a requested page waits behind it. What has departed is in flight.
     """
 
@@ -103,6 +103,8 @@ class Fifo(Generic[T]):
         """Take the next parcel that has arrived, None if none has."""
         if not self._parcels or self._parcels[0][0] > now:
             return None
+        if self.held_bytes >= self._most_held:  # the wire stood idle: too much was in flight
+            self._free_at = max(self._free_at, now)
         _, n_bytes, parcel = self._parcels.popleft()
         self.held_bytes -= n_bytes
         return parcel
