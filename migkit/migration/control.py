@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import socket
 import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from migkit.errors import ProtocolError
+from migkit.errors import MigkitError, MigrationError, ProtocolError
 
 MAX_LINE = 1 << 20
 
@@ -71,3 +72,20 @@ class ControlSocket:
         if not isinstance(message, dict):
             raise ProtocolError(f"control: {line[:60]!r} is no JSON object")
         return message
+
+
+def obey(
+    control: ControlSocket,
+    commands: Mapping[str, Callable[..., object]],
+    message: Mapping[str, Any],
+) -> None:
+    """Carry out the command that came in a message, and answer it."""
+    name, answer = str(message.get("execute")), {"id": message.get("id")}
+    try:
+        if name not in commands:
+            raise MigrationError(f"unknown command {name!r}")
+        result = commands[name](**message.get("arguments", {}))
+    except (MigkitError, TypeError) as error:
+        control.send({"error": {"class": type(error).__name__, "desc": str(error)}, **answer})
+    else:
+        control.send({"return": result if result is not None else {}, **answer})

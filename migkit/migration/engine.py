@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from migkit.errors import MigkitError, MigrationError
+from migkit.errors import MigrationError
 from migkit.guest.vcpu import VCpu
 from migkit.kernel.memory import RamBlock
 from migkit.kernel.userfaultfd import Userfaultfd
-from migkit.migration.control import ControlSocket, event_message
+from migkit.migration.control import ControlSocket, event_message, obey
 from migkit.migration.options import Options
 from migkit.migration.pagemap import PageMap
 from migkit.migration.states import StateMachine, Status
@@ -87,7 +87,10 @@ class Engine:
         if attachment.paused_ns:
             self.state = StateMachine(self.transitions, self._announce, Status.POSTCOPY_PAUSED)
             self.trace.migrate_set_state(Status.POSTCOPY_PAUSED.value, ts=attachment.paused_ns)
-        self.commands: dict[str, Callable[..., object]] = {"query-migrate": self.query}
+        self.commands: dict[str, Callable[..., object]] = {
+            "query-migrate": self.query,
+            "quit": self.quit,
+        }
         self.quitting = False
         self._busy = False
         self._held: list[dict[str, Any]] | None = None
@@ -122,7 +125,7 @@ class Engine:
         if messages is None:
             raise MigrationError("the session is gone")
         for message in messages:
-            self._obey(message)
+            obey(self.control, self.commands, message)
         if self.quitting and self._busy:
             raise MigrationError("the session ended while the migration was under way")
 
@@ -135,22 +138,9 @@ class Engine:
         """Return the state, for ``query-migrate``."""
         return {"status": self.state.status}
 
-    def _obey(self, message: Mapping[str, Any]) -> None:
-        name, answer = message.get("execute"), {"id": message.get("id")}
-        try:
-            if name == "quit":
-                self.quitting = True
-                result: object = {}
-            elif name in self.commands:
-                result = self.commands[name](**message.get("arguments", {}))
-            else:
-                raise MigrationError(f"unknown command {name!r}")
-        except (MigkitError, TypeError) as error:
-            self.control.send(
-                {"error": {"class": type(error).__name__, "desc": str(error)}, **answer}
-            )
-        else:
-            self.control.send({"return": result if result is not None else {}, **answer})
+    def quit(self) -> None:
+        """End, when the command that is being carried out has."""
+        self.quitting = True
 
     def hold_announcements(self) -> None:
         """Keep new states, stamped with when they were new, until they are released.

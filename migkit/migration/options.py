@@ -16,6 +16,7 @@ from typing import Any
 
 from migkit.errors import OptionError, close_matches
 from migkit.kernel.memory import PAGE_SIZE, check_size, memory_available
+from migkit.migration.link import Link
 
 _UNITS = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)(i?b?)\s*", re.IGNORECASE)
@@ -76,6 +77,11 @@ class Options:
         qemu="downtime-limit",
     )
     transport: str = option("unix", "what connects the two sides", choices=("unix", "tcp"))
+    link: str = option(
+        "",
+        "a link between the two sides, of a bandwidth and a one-way latency, as in "
+        "'200Mbit/s, 1ms' or 'unlimited'",
+    )
     trace: tuple[str, ...] = option(
         ("migration", "savevm", "faults", "transfer"),
         "trace events to record: names, globs or groups; '-x' removes, 'all' is all",
@@ -123,6 +129,8 @@ class Options:
         Trigger.parse(self.postcopy)
         if self.switchover_ack and not self.uses_return_path:
             raise OptionError("switchover_ack comes on the return path: return_path must be on")
+        if self.link:
+            Link.parse(self.link)
         allowed = os.sched_getaffinity(0)
         if not allowed.issuperset(cpu for cpu in self.cpu_list() if cpu is not None):
             raise OptionError(f"cpus {self.cpus!r}: this process may use {sorted(allowed)}")

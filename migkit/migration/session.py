@@ -28,6 +28,7 @@ from migkit.guest.vcpu import Word
 from migkit.guest.workloads import Workload
 from migkit.migration.monitor import DESTINATION, ROLES, SOURCE, Monitor
 from migkit.migration.options import Options
+from migkit.migration.relay_process import RelayProcess
 from migkit.migration.remote import EngineProcess
 from migkit.migration.states import Status
 from migkit.migration.stats import Counter
@@ -74,6 +75,7 @@ class Session:
         self._guests: dict[str, GuestProcess] = {}
         self._engines: dict[str, EngineProcess] = {}
         self._monitor = Monitor(self._guests, self._engines)
+        self._link: RelayProcess | None = None
         self._probe: Probe | None = None
         self._probe_result: ProbeResult | None = None
         self._recorded = False
@@ -121,7 +123,9 @@ class Session:
             self._monitor.notices.append(
                 "without root a guest's own system calls cannot wait for a page (EFAULT)"
             )
-        self._monitor.start()
+        if self.options.link:
+            self._link = RelayProcess(self.options.link, self.folder.log("link"))
+        self._monitor.start(*filter(None, [self._link]))
         identity = self.spec.identity
         for role, engine in self._engines.items():
             file: BinaryIO = self._open.enter_context(self.folder.trace(role).open("wb"))
@@ -183,18 +187,39 @@ class Session:
                     raise
 
     def _have_it_listen(self, command: str) -> str:
-        """Have the destination listen, for the source alone, at a new place; return where."""
-        uri = "tcp:127.0.0.1:0"
-        if self.options.transport == "unix":
-            self._n_uris += 1
-            uri = f"unix:{self._sockets}/main{self._n_uris}"
-        source, destination = self._engine(SOURCE), self._engine(DESTINATION)
-        answer = destination.execute(command, uri=uri, peer=source.child.pid)
-        return str(answer["uri"])
+        """Have the destination listen, for the source alone, at a new place; return where.
+
+        With a link the relay is in between, for the destination in the source's place.
+        """
+        source, link = self._engine(SOURCE).child, self._link
+        if link:
+            link.ensure_ready()
+        peer = link.child if link else source
+        answer = self._engine(DESTINATION).execute(command, uri=self._new_uri(), peer=peer.pid)
+        uri = str(answer["uri"])
+        return link.listen(self._new_uri(), uri, source.pid) if link else uri
+
+    def _new_uri(self) -> str:
+        if self.options.transport == "tcp":
+            return "tcp:127.0.0.1:0"
+        self._n_uris += 1
+        return f"unix:{self._sockets}/main{self._n_uris}"
 
     def cancel(self) -> None:
         """Give up before the switchover (``migrate_cancel``): the source guest runs on."""
         self._engine(SOURCE).execute("migrate_cancel")
+
+    @property
+    def link(self) -> RelayProcess:
+        """The link between the two sides, to be cut, stalled and looked at.
+
+        Raises :class:`OptionError` when they are connected directly.
+        """
+        if not self.options.link:
+            raise OptionError("there is no link: give the option link, as in link='200Mbit/s, 1ms'")
+        if self._link is None:
+            raise MigrationError("this migration has not been started, or is closed")
+        return self._link
 
     @property
     def status(self) -> Status:
@@ -323,6 +348,8 @@ class Session:
         try:
             for engine in self._engines.values():
                 engine.quit()
+            if self._link:
+                self._link.quit()
             if self._probe:
                 self._probe_result = self._probe.stop()
                 self.notices.extend(self._probe_result.status.notices)
@@ -383,6 +410,9 @@ class Session:
         self._monitor.end()
         for engine in self._engines.values():
             engine.close()
+        if self._link:
+            self._link.close()
+            self._link = None
         for guest in self._guests.values():
             guest.close()
         self._engines.clear()
