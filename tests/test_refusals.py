@@ -185,3 +185,11 @@ def test_a_limit_on_locked_memory_is_named_with_its_remedy(monkeypatch):
     with pytest.raises(CapabilityError, match="ulimit -l"):
         block.lock()
     block.close()
+
+
+def test_huge_pages_are_not_populated_by_locking_them(session, huge_pages):
+    s = session(rate=50, page_size="2MiB", mem_lock=True)
+    s.start()
+    s.start_postcopy()
+    assert s.await_end(30) == Status.COMPLETED
+    assert s.verify()

@@ -87,9 +87,12 @@ class RamBlock:
     def lock(self) -> None:
         """Lock this process's mapping: each page from when it is there (MLOCK_ONFAULT).
 
-        So no page is asked for, which in post-copy could not be answered.
+        So no page is asked for, which in post-copy could not be answered. Huge pages stay in
+        memory anyway, and mlock2(2) would ask for them all.
         Raises :class:`CapabilityError` beyond RLIMIT_MEMLOCK.
         """
+        if self.page_size > PAGE_SIZE:
+            return
         if _libc.mlock2(self.address, self.size, _MLOCK_ONFAULT) != 0:
             limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] >> 10
             raise CapabilityError(

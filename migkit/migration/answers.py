@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from migkit.errors import ProtocolError
-from migkit.migration import bitmap, return_path
+from migkit.migration import bitmap, return_path, wire
 from migkit.migration.return_path import Bitmap, Incoming, Message, Value
 from migkit.migration.wire import BlockLayout
 from migkit.trace.emit import Tracer
@@ -40,7 +40,8 @@ class Answers:
         match message:
             case Value(Message.PONG, value):
                 trace.source_return_path_thread_pong(value)
-                self.pongs.add(value)
+                if value < wire.PING_WINDOW:
+                    self.pongs.add(value)
             case Value(Message.RESUME_ACK, value):
                 trace.source_return_path_thread_resume_ack(value)
                 self.resume_acked = value == return_path.RESUME_ACK_VALUE

@@ -128,6 +128,11 @@ class Outgoing:
         """Whether something waits."""
         return bool(self._parts)
 
+    @property
+    def queued_bytes(self) -> int:
+        """All that was given to be sent, also what waits."""
+        return self.sent_bytes + sum(map(len, self._parts))
+
     def send_one(self, data: bytes) -> None:
         """Send one small message behind what waits: the shortest way, for requests."""
         if not self._parts:

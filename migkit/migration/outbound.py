@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -16,7 +17,7 @@ import numpy as np
 from migkit.errors import MigrationError
 from migkit.kernel.memory import RamBlock
 from migkit.migration import bitmap, wire
-from migkit.migration.channel import Outgoing, connect
+from migkit.migration.channel import Outgoing, RateLimiter, connect
 from migkit.migration.engine import Deadline
 from migkit.migration.framing import Indices, PageFramer, runs_of
 from migkit.migration.loop import Loop
@@ -79,9 +80,17 @@ class Outbound:
         """Pump until all that was sent is with the kernel."""
         self._flush(lambda: self.main.pending or bool(self.preempt and self.preempt.pending))
 
-    def await_room(self) -> None:
-        """Pump until the last batch is with the kernel: its staging buffer is free."""
+    def await_turn(self, limiter: RateLimiter) -> None:
+        """Pump until the last batch is with the kernel and the limiter lets the next one go."""
+        self.loop.turn(0)
         self._flush(lambda: self.main.pending)
+        wait = limiter.wait_s()
+        if wait > 0:
+            self.trace.migration_rate_limit_pre(int(wait * 1000))
+            end = time.monotonic() + wait
+            while (left := end - time.monotonic()) > 0:
+                self.loop.turn(left)
+            self.trace.migration_rate_limit_post(0)
 
     def _flush(self, waiting: Callable[[], bool]) -> None:
         sent, deadline = self.main.sent_bytes, Deadline(_STALL_S)

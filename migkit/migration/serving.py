@@ -163,7 +163,6 @@ class FaultServer:
 
     def _insist(self, pages: Iterable[tuple[int, int]]) -> None:
         """Place (page, address; 0 for zeros) one by one while the guest gives memory back."""
-        self._placer.lenient = True  # a batch may have been interrupted before it was noted
         deadline = Deadline(_REMOVAL_S)
         for page, address in pages:
             while not self._received[page]:
@@ -177,17 +176,23 @@ class FaultServer:
                     time.sleep(_RETRY_S)
                     deadline.check("the end of a REMOVE")
 
+    def _place_lone(self, page: int, address: int) -> None:
+        """Place one page, from an address of ours or, if that is 0, of zeros."""
+        try:
+            if self._removing:
+                self._insist(((page, address),))
+            elif address:
+                self._placer.place_one(page, address)
+            else:
+                self._placer.place_zero(page, 1)
+        except BlockingIOError:
+            self._insist(((page, address),))
+
     def place_one(self, record: Page) -> None:
         """Place a lone page of the preempt channel: a guest waits for it."""
         received = time.monotonic_ns()
         page = record.offset // TARGET_PAGE
-        try:
-            if self._removing:
-                self._insist([(page, record.address)])
-            else:
-                self._placer.place_one(page, record.address)
-        except BlockingIOError:
-            self._insist([(page, record.address)])
+        self._place_lone(page, record.address)
         placed = time.monotonic_ns()
         # Where the guest shares our CPU, let it run now and not when our time slice is over.
         os.sched_yield()
@@ -201,7 +206,7 @@ class FaultServer:
         kind = 1 if pages.address == 0 else 0
         if source.huge:
             for page, data in source.assemble(pages):
-                self._insist([(page, 0 if data is None else int(data.ctypes.data))])
+                self._place_lone(page, 0 if data is None else int(data.ctypes.data))
                 kind = 1 if data is None else 0
                 self._note(np.array((page,)), [(page, 1)], received, channel, kind)
             return
@@ -213,6 +218,7 @@ class FaultServer:
             else:
                 self._place_runs(runs, pages, source)
         except BlockingIOError:
+            self._placer.lenient = True  # some may have been placed, and were not noted
             self._insist(_addresses(numbers, pages))
         self._note(numbers, runs, received, channel, kind)
 

@@ -8,7 +8,6 @@ state is sent the guest never runs here again.
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable
 
 import numpy as np
@@ -17,6 +16,7 @@ from migkit.errors import MigrationError, ProtocolError
 from migkit.guest.vcpu import Word
 from migkit.migration import states, wire
 from migkit.migration.answers import Answers
+from migkit.migration.background import Background
 from migkit.migration.channel import RateLimiter
 from migkit.migration.control import ControlSocket
 from migkit.migration.dirty import DirtyLog, mark
@@ -25,7 +25,7 @@ from migkit.migration.engine import Attachment, Engine
 from migkit.migration.framing import Indices
 from migkit.migration.outbound import Outbound
 from migkit.migration.policy import Convergence
-from migkit.migration.return_path import Incoming, PageRequest
+from migkit.migration.return_path import Incoming, Message, PageRequest, Value
 from migkit.migration.states import Status
 from migkit.migration.stats import Counter
 from migkit.migration.supply import PageSupply
@@ -71,6 +71,7 @@ class Source(Engine):
         self.log: DirtyLog | None = None
         self.out: Outbound | None = None
         self.supply: PageSupply | None = None
+        self.background: Background | None = None
 
     # Commands.
 
@@ -144,7 +145,9 @@ class Source(Engine):
         try:
             begin()
             if self.state.status == Status.POSTCOPY_ACTIVE:
-                self._background_until_low()
+                limit = self.options.max_postcopy_bandwidth
+                self.background = Background(self._pages, self._out, limit)
+                self.background.until_low(self.options.downtime_limit)
             self._complete()
         except Cancelled:
             self._cancelled()
@@ -254,7 +257,8 @@ class Source(Engine):
             self.counters[Counter.ROUND] = convergence.rounds + 1
             self.trace.ram_save_round(convergence.rounds + 1, convergence.pages)
             for batch in self._batches(np.flatnonzero(pages.dirty)):
-                self._wait_for_turn(limiter)
+                self._check_cancel()
+                self._out.await_turn(limiter)
                 if self._postcopy_due(convergence):
                     return True
                 pages.send(batch, limiter, Counter.PRECOPY_PAGES)
@@ -272,20 +276,6 @@ class Source(Engine):
     def _batches(self, pages: Indices) -> list[Indices]:
         size = self._out.batch_pages
         return [pages[at : at + size] for at in range(0, len(pages), size)]
-
-    def _wait_for_turn(self, limiter: RateLimiter) -> None:
-        """Serve the loop until the last batch is out and the limiter lets the next one go."""
-        out = self._out
-        self._check_cancel()
-        out.loop.turn(0)
-        out.await_room()
-        wait = limiter.wait_s()
-        if wait > 0:
-            self.trace.migration_rate_limit_pre(int(wait * 1000))
-            end = time.monotonic() + wait
-            while (left := end - time.monotonic()) > 0:
-                out.loop.turn(left)
-            self.trace.migration_rate_limit_post(0)
 
     def _postcopy_due(self, convergence: Convergence) -> bool:
         due = self.postcopy_asked or convergence.postcopy_due()
@@ -364,28 +354,6 @@ class Source(Engine):
             self.hold_announcements()
             self._require(self.state.set(Status.PRE_SWITCHOVER, Status.DEVICE))
 
-    # Post-copy.
-
-    def _background_until_low(self) -> None:
-        """Send what is dirty, from the last request on, until little is left."""
-        limiter = RateLimiter(self.options.max_postcopy_bandwidth)
-        begun, before = time.monotonic(), self._out.main.sent_bytes
-        self._limiter = limiter
-        while (batch := self._pages.next_batch()) is not None:
-            pending = self._pages.remaining * self.ram.page_size
-            bandwidth = (self._out.main.sent_bytes - before) / max(time.monotonic() - begun, 0.001)
-            if pending <= bandwidth * self.options.downtime_limit:
-                break
-            self._background(batch)
-
-    def _background(self, batch: Indices) -> None:
-        pages = self._pages
-        pages.cursor = int(batch[-1]) + 1
-        self._wait_for_turn(self._limiter)  # a request moves the cursor behind its page
-        batch = batch[pages.dirty[batch]]  # requests may have taken some
-        if len(batch):
-            pages.send(batch, self._limiter, Counter.BACKGROUND_PAGES)
-
     # The end: QEMU's migration_completion().
 
     def _complete(self) -> None:
@@ -400,8 +368,8 @@ class Source(Engine):
             self._complete_precopy()
         else:
             trace.migration_completion_postcopy_end()
-            while (batch := self._pages.next_batch()) is not None:
-                self._background(batch)
+            if self.background:
+                self.background.rest()
             out.last_section()
             out.raw(wire.END_OF_STREAM)
             out.drain()
@@ -439,6 +407,9 @@ class Source(Engine):
             self._pages.serve(message)
             return
         self.answers.take(message)
+        match message:
+            case Value(Message.PONG, value) if self.background:
+                self.background.confirm(value)
         if self.answers.gave_up and not self.committed:
             raise MigrationError(self.answers.reason)
 

@@ -110,11 +110,11 @@ class PageSupply:
         if out.preempt:
             counters[Counter.PREEMPT_BYTES] = self._urgent_before + out.preempt.sent_bytes
 
-    def next_batch(self) -> Indices | None:
+    def next_batch(self, most: int) -> Indices | None:
         """Return the next dirty pages from the cursor on, None when there are none."""
         out = self.out
         busy = time.monotonic() - self.last_request < _BUSY_S
-        most = min(_BUSY_PAGES, out.batch_pages) if busy else out.batch_pages
+        most = min(most, out.batch_pages, _BUSY_PAGES if busy else out.batch_pages)
         if not self.remaining:
             return None
         window = 4 * most

@@ -96,6 +96,7 @@ PING_RETURN_PATH = 1
 PING_DISCARDS = 2
 PING_PACKAGE = 3
 PING_LISTENING = 4
+PING_WINDOW = 0x10000  # and above: those that measure the link
 
 
 class BlockLayout(NamedTuple):

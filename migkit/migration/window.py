@@ -1,0 +1,93 @@
+"""How much of the background may be under way: about what the link carries in a round trip.
+
+What has been sent and has not arrived cannot be overtaken, and a guest that needs such a page can
+only wait for it. So the source lets no more be under way than keeps the link busy: the delivery
+rate times the shortest round trip, and a little more, which also lets the estimate grow while the
+link has room. Both are measured by PING and PONG, as BBR does by acknowledgements.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from typing import NamedTuple
+
+_MORE_S = 500e-6  # beyond the round trip: what keeps a link busy whose ends are not always awake
+_FIRST_BYTES = 64 << 10  # before anything is known
+_SAMPLES = 16  # the rate is the highest of so many, the round trip the shortest
+_FAST = 400e6  # bytes/s: from here on no bound is needed, and PINGs would cost more than they give
+_FAST_PING_BYTES = 16 << 20
+
+
+class _Mark(NamedTuple):
+    """What was true when a PING was sent."""
+
+    value: int
+    at: float
+    sent: int
+    confirmed: int
+    confirmed_at: float
+    was_full: bool
+
+
+class Window:
+    """The bound on one channel; times are of time.monotonic()."""
+
+    def __init__(self, first_ping: int, least_bytes: int) -> None:
+        """Take the number of the first PING, and how many bytes may always be under way."""
+        self._next = first_ping
+        self._least = least_bytes
+        self._marks: deque[_Mark] = deque()
+        self._rates: deque[float] = deque(maxlen=_SAMPLES)
+        self._trips: deque[float] = deque(maxlen=_SAMPLES)
+        self._confirmed = 0
+        self._confirmed_at = 0.0
+        self._marked = 0
+        self._full = False
+
+    def begin(self, sent: int, now: float) -> None:
+        """Begin to count on a channel on which ``sent`` bytes went before."""
+        self._marks.clear()
+        self._confirmed = self._marked = sent
+        self._confirmed_at = now
+
+    @property
+    def bytes(self) -> float:
+        """How many bytes may be under way."""
+        if not self._rates:
+            return max(self._least, _FIRST_BYTES)
+        rate = max(self._rates)
+        if rate >= _FAST:
+            return math.inf
+        return max(self._least, rate * (min(self._trips) + _MORE_S))
+
+    def has_room(self, sent: int) -> bool:
+        """Whether more may be sent when ``sent`` bytes were, over all."""
+        room = sent - self._confirmed < self.bytes
+        self._full = self._full or not room
+        return room
+
+    def ping_due(self, sent: int) -> bool:
+        """Whether a PING is to follow what was sent."""
+        return not math.isinf(self.bytes) or sent - self._marked >= _FAST_PING_BYTES
+
+    def ping(self, sent: int, now: float) -> int:
+        """Note that a PING goes out behind ``sent`` bytes; return its value."""
+        self._next += 1
+        mark = _Mark(self._next, now, sent, self._confirmed, self._confirmed_at, self._full)
+        self._marks.append(mark)
+        self._marked, self._full = sent, False
+        return self._next
+
+    def confirm(self, value: int, now: float) -> None:
+        """Note that a PING was answered: all before it has arrived."""
+        while self._marks and self._marks[0].value <= value:
+            mark = self._marks.popleft()
+            self._confirmed, self._confirmed_at = mark.sent, now
+            if mark.value != value:
+                continue
+            self._trips.append(now - mark.at)
+            rate = (mark.sent - mark.confirmed) / max(now - mark.confirmed_at, 1e-6)
+            # Where less was sent than might have been, the rate is the sender's, not the link's.
+            if mark.was_full or not self._rates or rate > max(self._rates):
+                self._rates.append(rate)
