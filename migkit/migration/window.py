@@ -13,8 +13,8 @@ from collections import deque
 from typing import NamedTuple
 
 _MORE_S = 500e-6  # beyond the round trip: what keeps a link busy whose ends are not always awake
-_FIRST_BYTES = 64 << 10  # before anything is known
-_SAMPLES = 16  # the rate is the highest of so many, the round trip the shortest
+_SAMPLES = 16  # the rate is the highest of so many
+_GROWTH, _PATIENCE = 1.25, 3  # at first it doubles, until the rate has not grown for some trips
 _FAST = 400e6  # bytes/s: from here on no bound is needed, and PINGs would cost more than they give
 _FAST_PING_BYTES = 16 << 20
 
@@ -39,7 +39,10 @@ class Window:
         self._least = least_bytes
         self._marks: deque[_Mark] = deque()
         self._rates: deque[float] = deque(maxlen=_SAMPLES)
-        self._trips: deque[float] = deque(maxlen=_SAMPLES)
+        self._trip = math.inf
+        self._plateau = 0.0  # the rate from which it would have to grow
+        self._patience = _PATIENCE  # trips that are left for it to grow
+        self._trip_ends = 0
         self._confirmed = 0
         self._confirmed_at = 0.0
         self._marked = 0
@@ -55,11 +58,12 @@ class Window:
     def bytes(self) -> float:
         """How many bytes may be under way."""
         if not self._rates:
-            return max(self._least, _FIRST_BYTES)
+            return self._least
         rate = max(self._rates)
         if rate >= _FAST:
             return math.inf
-        return max(self._least, rate * (min(self._trips) + _MORE_S))
+        gain = 2 if self._patience else 1
+        return max(self._least, gain * rate * (self._trip + _MORE_S))
 
     def has_room(self, sent: int) -> bool:
         """Whether more may be sent when ``sent`` bytes were, over all."""
@@ -86,8 +90,18 @@ class Window:
             self._confirmed, self._confirmed_at = mark.sent, now
             if mark.value != value:
                 continue
-            self._trips.append(now - mark.at)
+            self._trip = min(self._trip, now - mark.at)
             rate = (mark.sent - mark.confirmed) / max(now - mark.confirmed_at, 1e-6)
             # Where less was sent than might have been, the rate is the sender's, not the link's.
             if mark.was_full or not self._rates or rate > max(self._rates):
                 self._rates.append(rate)
+            if mark.confirmed >= self._trip_ends:
+                self._trip_ends = self._marked
+                self._look_for_growth(was_full=mark.was_full)
+
+    def _look_for_growth(self, *, was_full: bool) -> None:
+        rate = max(self._rates)
+        if rate >= _GROWTH * self._plateau:
+            self._plateau, self._patience = rate, _PATIENCE if self._patience else 0
+        elif was_full and self._patience:
+            self._patience -= 1
