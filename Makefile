@@ -5,8 +5,10 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 SOAK_ARGS ?=
 RUNS ?= 2000000
+MINUTES ?= 10
+TORTURE_ARGS ?=
 .DEFAULT_GOAL := help
-.PHONY: help demo lab test lint bench soak fuzz setup clean FORCE
+.PHONY: help demo lab test lint bench soak torture fuzz setup clean FORCE
 .PRECIOUS: $(STAMP) # interrupted, make would delete it, and with it that set-up is unfinished
 
 help: ## List what can be made
@@ -32,6 +34,9 @@ bench: $(STAMP) ## Measure the engine against a C floor (BENCH_ARGS=...)
 
 soak: $(STAMP) ## Migrate over and over, every run checked by the oracle (SOAK_ARGS=...)
 	$(PYTHON) -m benchmarks.soak $(SOAK_ARGS)
+
+torture: $(STAMP) ## Migrate while everything goes wrong, from a printed seed (MINUTES=10)
+	$(PYTHON) -m benchmarks.torture --minutes $(MINUTES) $(TORTURE_ARGS)
 
 fuzz: $(STAMP) ## Feed the decoders mutated bytes, guided by coverage (RUNS=2000000)
 	$(PYTHON) -c 'import atheris' 2>/dev/null || \

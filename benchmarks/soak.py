@@ -1,14 +1,17 @@
 """Migrate again and again, each time otherwise, and check the guest each time.
 
-``python -m benchmarks.soak [COUNT] [SEED]``: random workload, seed, memory, huge pages or not, and
-moment of switchover. Every migrated guest must be bit for bit an unmigrated one, and nothing
-may be left behind: no process, no descriptor, no shared memory.
+``python -m benchmarks.soak [COUNT] [SEED]``, 1,000 by default: random workload, seed, memory, huge
+pages or not, and moment of switchover, all from one session process. Every migrated guest must be
+bit for bit an unmigrated one, and this process must not grow: no process, no descriptor, no shared
+memory is left, and its own memory stays what it was when a tenth was done.
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import random
+import shutil
 import sys
 import tempfile
 import time
@@ -23,6 +26,8 @@ from migkit.migration.session import Session
 from migkit.migration.states import Status
 
 HUGE = 2 << 20
+_MOST_MEMORY = 256 << 20
+_MOST_GROWTH = 8 << 20  # bytes of anonymous memory, from a tenth of the way to the end
 
 
 def draw_options(draw: random.Random, most: int = 128 << 20) -> dict[str, Any]:
@@ -68,25 +73,45 @@ def migrate_once(
 
 def main() -> None:
     """Migrate COUNT times."""
-    count = int(sys.argv[1]) if len(sys.argv) > 1 else 200
+    count = int(sys.argv[1]) if len(sys.argv) > 1 else 1000
     seed = int(sys.argv[2]) if len(sys.argv) > 2 else random.randrange(1 << 16)
     print(f"seed {seed}", flush=True)
     draw = random.Random(seed)
-    fds = len(os.listdir("/proc/self/fd"))
-    shared = set(os.listdir("/dev/shm"))
+    tqdm.monitor_interval = 0  # its thread would be counted
+    begun, warm = footprint(), None
     with tempfile.TemporaryDirectory() as folder:
         for number in tqdm(range(count)):
             path = Path(folder) / str(number)
             migrate_once(
                 lambda path=path, **options: Session(path=path, **options),
                 draw,
-                draw_options(draw, 1 << 30),
+                draw_options(draw, _MOST_MEMORY),
             )
-    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-    assert not children, f"children left: {children}"
-    assert len(os.listdir("/proc/self/fd")) <= fds + 1, "descriptors left"
-    assert set(os.listdir("/dev/shm")) <= shared, "shared memory left"
+            shutil.rmtree(path)
+            if number == count // 10:
+                warm = footprint()
+    end = footprint()
+    for name, value in end.items():
+        print(f"{name:<18}{begun[name]:>14,}{(warm or end)[name]:>14,}{value:>14,}")
+        if name != "memory":
+            assert value <= begun[name], f"{name} grew from {begun[name]} to {value}"
+    assert not warm or end["memory"] - warm["memory"] <= _MOST_GROWTH, "memory grew"
     print(f"{count} migrations, every guest bit for bit as if it had never moved; nothing left")
+
+
+def footprint() -> dict[str, int]:
+    """Return what this process holds: descriptors, children, shared files, bytes of memory."""
+    gc.collect()
+    status = Path("/proc/self/status").read_text()
+    anonymous = next(line for line in status.splitlines() if line.startswith("RssAnon"))
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    return {
+        "descriptors": len(os.listdir("/proc/self/fd")),
+        "threads": len(os.listdir("/proc/self/task")),
+        "children": len(children),
+        "shared files": len(os.listdir("/dev/shm")),
+        "memory": int(anonymous.split()[1]) << 10,
+    }
 
 
 if __name__ == "__main__":
