@@ -18,10 +18,12 @@ from tqdm import tqdm
 
 from benchmarks import (
     background,
+    breaks,
     bulk,
     completeness,
     emitting,
     faults,
+    links,
     migrations,
     overhead,
     placement,
@@ -33,6 +35,7 @@ from migkit.trace.folder import host_facts
 SUBJECTS = {
     "faults": faults, "background": background, "bulk": bulk, "migrations": migrations,
     "overhead": overhead, "emitting": emitting, "completeness": completeness,
+    "links": links, "breaks": breaks,
 }  # fmt: skip
 
 _COLUMNS = "{:<35} {:<10} {:>10} {:>10} {:>9} {:>15} {:>8}  {}"

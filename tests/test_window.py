@@ -39,7 +39,7 @@ def test_a_link_is_kept_busy_with_little_under_way(rate, latency):
     n_bytes = int(rate * (2 + 200 * latency))
     took, _ = send_over(window, rate, latency, n_bytes)
     assert took < 1.2 * n_bytes / rate
-    carried = rate * (2 * latency + 500e-6)
+    carried = rate * (2 * latency + 2e-3)
     _, peak = send_over(window, rate, latency, n_bytes // 4)
     assert peak <= 3 * carried + 8 * BATCH
 

@@ -12,9 +12,11 @@ import math
 from collections import deque
 from typing import NamedTuple
 
-_MORE_S = 500e-6  # beyond the round trip: what keeps a link busy whose ends are not always awake
+_MORE_S = 2e-3  # beyond the round trip: what keeps a link busy whose ends are not always awake
+_PINGS = 4  # in a window
 _SAMPLES = 16  # the rate is the highest of so many
-_GROWTH, _PATIENCE = 1.25, 3  # at first it doubles, until the rate has not grown for some trips
+_GROWTH = 1.25  # a rate that is so much higher has grown; so much more than it carries is sent
+_PATIENCE = 3  # at first the window doubles, until the rate has not grown for so many trips
 _FAST = 400e6  # bytes/s: from here on no bound is needed, and PINGs would cost more than they give
 _FAST_PING_BYTES = 16 << 20
 
@@ -62,7 +64,7 @@ class Window:
         rate = max(self._rates)
         if rate >= _FAST:
             return math.inf
-        gain = 2 if self._patience else 1
+        gain = 2 if self._patience else _GROWTH
         return max(self._least, gain * rate * (self._trip + _MORE_S))
 
     def has_room(self, sent: int) -> bool:
@@ -73,7 +75,7 @@ class Window:
 
     def ping_due(self, sent: int) -> bool:
         """Whether a PING is to follow what was sent."""
-        return not math.isinf(self.bytes) or sent - self._marked >= _FAST_PING_BYTES
+        return sent - self._marked >= min(self.bytes / _PINGS, _FAST_PING_BYTES)
 
     def ping(self, sent: int, now: float) -> int:
         """Note that a PING goes out behind ``sent`` bytes; return its value."""
