@@ -11,18 +11,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from migkit.analysis.qemu import load_qemu
     from migkit.analysis.run import Run
     from migkit.api import Migration, load, run
     from migkit.guest.workloads import Workload
 
 __version__ = "0.1.0"
-__all__ = ["Migration", "Run", "Workload", "load", "run"]
+__all__ = ["Migration", "Run", "Workload", "load", "load_qemu", "run"]
 
 _HOMES = {
     "Migration": "migkit.api",
     "Run": "migkit.analysis.run",
     "Workload": "migkit.guest.workloads",
     "load": "migkit.api",
+    "load_qemu": "migkit.analysis.qemu",
     "run": "migkit.api",
 }
 

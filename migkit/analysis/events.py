@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 
 from migkit.analysis import schema
+from migkit.trace.dialect import canonical
+from migkit.trace.logtrace import LogTrace
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     import numpy.typing as npt
 
@@ -19,33 +23,77 @@ if TYPE_CHECKING:
 
 
 def events_frame(traces: Mapping[str, Trace]) -> pd.DataFrame:
-    """Return the events of all processes, by time; columns: ``schema.describe("events")``."""
-    parts: dict[str, list[npt.NDArray[Any]]] = {"ts_ns": [], "seq": [], "tid": [], "args": []}
-    labels: list[tuple[str, str, int]] = []
-    for process, trace in traces.items():
-        for name, rows in trace.events.items():
-            labels.append((process, name, len(rows)))
-            parts["ts_ns"].append(rows["ts_ns"])
-            parts["seq"].append(rows["seq"])
-            parts["tid"].append(rows["tid"])
-            parts["args"].append(_texts(trace.registry[name], rows))
-    if not labels:
-        return schema.frame("events", {"event": pd.Categorical([], categories=[])})
-    joined = {key: np.concatenate(arrays) for key, arrays in parts.items()}
-    order = np.lexsort((joined["seq"], joined["ts_ns"]))
-    counts = [count for _, _, count in labels]
-    names = sorted({name for _, name, _ in labels})
-    codes = np.repeat([names.index(name) for _, name, _ in labels], counts)
-    sides = np.repeat([schema.SIDES.index(process) for process, _, _ in labels], counts)
+    """Return the events of all processes, by time; columns: ``schema.describe("events")``.
+
+    Derived events are not among them: nobody recorded those.
+    """
+    parts = [part for process, trace in traces.items() for part in _parts(process, trace)]
+    if not parts:
+        empty = pd.Categorical([], categories=[])
+        return schema.frame("events", {"event": empty, "original": empty})
+    ts, seq, tid = (
+        np.concatenate([getattr(part, name) for part in parts]) for name in ("ts", "seq", "tid")
+    )
+    sides = np.repeat([schema.SIDES.index(part.process) for part in parts], _lengths(parts))
+    text = pa.concat_arrays([part.args for part in parts])
+    codes, names = _joined_codes(parts)
+    if len(traces) > 1 or (ts[1:] < ts[:-1]).any():
+        order = np.lexsort((seq, ts))
+        ts, tid, sides, codes = ts[order], tid[order], sides[order], codes[order]
+        text = text.take(pa.array(order))
+    canonical_names = [canonical(name) for name in names]
+    events = sorted(set(canonical_names))
+    table = np.array([events.index(name) for name in canonical_names], np.int32)
     return pd.DataFrame(
         {
-            "ts_ns": joined["ts_ns"][order].astype(np.int64),
-            "process": _categories(sides[order], schema.SIDES),
-            "tid": joined["tid"][order].astype(np.int64),
-            "event": _categories(codes[order], names),
-            "args": pd.array(joined["args"][order], dtype="str"),
+            "ts_ns": ts,
+            "process": _categories(sides, schema.SIDES),
+            "tid": tid,
+            "event": _categories(table[codes], events),
+            "original": _categories(codes, names),
+            "args": text.to_pandas().array,
         }
     )
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some rows of the frame: columns (n,), the names that their codes index."""
+
+    process: str
+    ts: npt.NDArray[np.int64]
+    seq: npt.NDArray[np.int64]
+    tid: npt.NDArray[np.int64]
+    code: npt.NDArray[np.int32]
+    names: tuple[str, ...]
+    args: Any
+
+
+def _parts(process: str, trace: Trace) -> Iterator[_Part]:
+    if isinstance(trace, LogTrace):
+        log = trace.log
+        seq = np.arange(len(log))
+        yield _Part(process, log.ts_ns, seq, log.tid, log.code, log.names, log.args)
+        return
+    for name, rows in trace.events.items():
+        if name not in trace.derived:
+            ts, seq, tid = (rows[field].astype(np.int64) for field in ("ts_ns", "seq", "tid"))
+            texts = pa.array(_texts(trace.registry[name], rows), pa.large_string())
+            original = trace.originals.get(name, name)
+            yield _Part(process, ts, seq, tid, np.zeros(len(ts), np.int32), (original,), texts)
+
+
+def _lengths(parts: Sequence[_Part]) -> list[int]:
+    return [len(part.ts) for part in parts]
+
+
+def _joined_codes(parts: Sequence[_Part]) -> tuple[npt.NDArray[np.int32], list[str]]:
+    """Return codes into one sorted list of the names of all parts."""
+    names = sorted({name for part in parts for name in part.names})
+    index = {name: code for code, name in enumerate(names)}
+    tables = [np.array([index[name] for name in part.names], np.int32) for part in parts]
+    codes = [table[part.code] for table, part in zip(tables, parts, strict=True)]
+    return np.concatenate(codes), names
 
 
 def event_frame(traces: Mapping[str, Trace], name: str) -> pd.DataFrame:

@@ -6,6 +6,7 @@ are numpy's, with NaN for what is not there; ``Int64`` and ``boolean`` are panda
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import pandas as pd
@@ -73,6 +74,7 @@ def _fault_columns() -> dict[str, Column]:
     columns = {
         "ts_ns": Column("int64", "the first stage there is: fault, else read, ns"),
         "time_s": _TIME,
+        "block": Column("str", "the RAM block"),
         "page": Column("int64", "host page, its index in the RAM block"),
         "offset": Column("int64", "where the page begins in the RAM block, bytes"),
         "tid": Column("int64", "thread of the guest that faulted"),
@@ -156,6 +158,7 @@ TABLES: dict[str, Table] = {
             "process": _SIDE,
             "tid": Column("int64", "thread"),
             "event": Column("category", "name of the event, see trace-events"),
+            "original": Column("category", "its name in the trace, which in a QEMU's may be older"),
             "args": Column("str", "its arguments as QEMU's log prints them"),
         },
     ),
@@ -211,6 +214,13 @@ def frame(name: str, data: dict[str, object] | None = None) -> pd.DataFrame:
     return pd.DataFrame(
         {key: column.make(given.get(key, [])).array for key, column in columns.items()}
     )
+
+
+def concat(name: str, frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Put frames of one table together, by time; counts in ``attrs`` are not added up."""
+    joined = pd.concat(frames, ignore_index=True)
+    check(joined, name)
+    return joined.sort_values("ts_ns", kind="stable", ignore_index=True)
 
 
 def check(data: pd.DataFrame, name: str) -> None:
