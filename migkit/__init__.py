@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from migkit.analysis.qemu import load_qemu
     from migkit.analysis.run import Run
+    from migkit.analysis.stream import stream
     from migkit.api import Migration, load, run
     from migkit.guest.workloads import Workload
 
 __version__ = "0.1.0"
-__all__ = ["Migration", "Run", "Workload", "load", "load_qemu", "run"]
+__all__ = ["Migration", "Run", "Workload", "load", "load_qemu", "run", "stream"]
 
 _HOMES = {
     "Migration": "migkit.api",
@@ -26,6 +27,7 @@ _HOMES = {
     "load": "migkit.api",
     "load_qemu": "migkit.analysis.qemu",
     "run": "migkit.api",
+    "stream": "migkit.analysis.stream",
 }
 
 

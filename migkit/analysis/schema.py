@@ -184,6 +184,37 @@ TABLES: dict[str, Table] = {
             ),
         },
     ),
+    "stream": Table(
+        "one row a piece of a migration stream, in its order and without a gap",
+        {
+            "offset": Column("int64", "where it begins in the stream, bytes"),
+            "bytes": Column("int64", "its length on the wire, bytes"),
+            "section": Column(
+                "category",
+                "what it is, or what section it lies in: start, part, end or full; undecoded is "
+                "what could not be understood, or is cut off",
+                ("header", "configuration", "command", "start", "part", "end", "full", "footer",
+                 "vmdescription", "eof", "undecoded"),
+            ),
+            "section_id": Column("Int64", "the section's number"),
+            "device": Column("str", "the section's device, ram for guest memory"),
+            "command": Column("str", "QEMU's MIG_CMD name"),
+            "block": Column("str", "RAM block of pages or discards"),
+            "start": Column("Int64", "first byte of the pages in their block"),
+            "end": Column("Int64", "first byte behind them"),
+            "pages": Column("Int64", "how many pages of 4 KiB came, or were discarded"),
+            "flags": Column(
+                "category",
+                "of a section: head; state (of a device); of RAM: page (4 KiB of data), zero, "
+                "xbzrle and compressed (not decoded), mem_size (the list of blocks), eos (the "
+                "end), multifd_flush",
+                ("head", "state", "page", "zero", "xbzrle", "compressed", "mem_size", "eos",
+                 "multifd_flush"),
+            ),
+            "packaged": Column("bool", "it lies in a package, read whole before any is acted on"),
+            "detail": Column("str", "a ping's value, a discard's ranges, the machine, the blocks"),
+        },
+    ),
     "downtime": Table(
         "one row a part of the time in which the guest ran nowhere; the parts add up to it",
         {
