@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import migkit
 from migkit.analysis import schema
 from migkit.analysis.clocks import align, shifted
+from migkit.analysis.samples import manifest
 from migkit.errors import MissingEventError, OptionError, TraceFormatError, TraceWarning
 from migkit.trace import logtrace
 from migkit.trace.dialect import ALIASES, Dialect
@@ -390,3 +391,49 @@ def test_two_migrations_in_one_log_are_refused():
 
     with pytest.raises(TraceFormatError, match="several migrations"):
         _blocks(logtrace.read(data))
+
+
+# The samples.
+
+
+@pytest.mark.parametrize("name", sorted(manifest()))
+@pytest.mark.filterwarnings("ignore:.*no trace of the destination")
+def test_every_sample_opens_and_is_what_its_manifest_says(name):
+    run = migkit.sample(name)
+    assert run.meta["sample"]["versions"]
+    assert set(run.meta["sample"]) >= {"what", "how", "machine", "files"}
+    kept = {file.name for file in (TRACES / name).iterdir() if file.suffix != ".parquet"}
+    assert kept == set(run.meta["sample"]["files"])
+    for frame in ("events", "faults", "samples", "phases", "downtime"):
+        schema.check(getattr(run, frame), frame)
+    assert run.summary().phases_ms
+    if "stream" in run.meta:
+        assert migkit.stream(run.meta["stream"]).summary().ended
+
+
+def test_the_samples_show_what_they_are_for():
+    recovered = migkit.sample("recovered").phases["name"].tolist()
+    assert "paused" in recovered
+    assert "recovery" in recovered
+    failed = migkit.sample("rp-error")
+    assert failed.status == "failed"
+    assert failed.event("migration_return_path_end_after")["rp_error"].tolist() == [1]
+    assert migkit.sample("precopy").phases["name"].str.contains("post-copy").sum() == 0
+    slow = migkit.sample("slow-link").summary()
+    assert 200e6 / 8 / (1 << 20) * 0.5 < slow.throughput_mib_s < 200e6 / 8 / (1 << 20) * 1.1
+
+
+def test_an_unknown_sample_names_the_closest():
+    with pytest.raises(OptionError, match="did you mean .qemu-11"):
+        migkit.sample("qemu-11.1-plane")
+
+
+def test_a_sample_that_was_changed_is_not_opened(tmp_path, monkeypatch):
+    import shutil
+
+    copy = tmp_path / "traces"
+    shutil.copytree(TRACES, copy)
+    monkeypatch.setattr("migkit.analysis.samples.TRACES", copy)
+    (copy / "qemu-11.1-plain" / "query-migrate.json").write_text("{}")
+    with pytest.raises(TraceFormatError, match="not what was recorded"):
+        migkit.sample("qemu-11.1-plain")

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from migkit.trace.registry import Event, Registry
 
+_NAMED = 10
 _TRIED = 1000
 """How many lines decide on the form of an event."""
 
@@ -71,9 +72,12 @@ def read(
     }
     notes = list(log.warnings)
     if unknown:
-        which = ", ".join(f"{name} ({count})" for name, count in sorted(unknown.items()))
+        most = sorted(unknown.items(), key=lambda item: (-item[1], item[0]))
+        which = ", ".join(f"{name} ({count})" for name, count in most[:_NAMED])
+        more = f" and {len(most) - _NAMED} more" if len(most) > _NAMED else ""
         notes.append(
-            f"the registry lacks these events, or their form: their arguments stay text: {which}"
+            "the registry lacks these events, or their form, and their arguments stay text: "
+            f"{which}{more}; the trace-events file of that QEMU has them"
         )
     return LogTrace(
         registry=events.registry, events=events, n_records=len(log), unknown=unknown,
