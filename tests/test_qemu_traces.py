@@ -424,7 +424,7 @@ def test_the_samples_show_what_they_are_for():
 
 
 def test_an_unknown_sample_names_the_closest():
-    with pytest.raises(OptionError, match="did you mean .qemu-11"):
+    with pytest.raises(OptionError, match=r"did you mean 'qemu-11"):
         migkit.sample("qemu-11.1-plane")
 
 
