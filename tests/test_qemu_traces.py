@@ -238,6 +238,28 @@ def test_frames_agree_with_query_migrate(qemu_runs, name):
         schema.check(getattr(run, frame), frame)
 
 
+@pytest.mark.parametrize("name", ["qemu-11.1-plain", "qemu-11.1-rate-limited"])
+def test_our_mean_latency_is_explained_against_qemus(qemu_runs, name):
+    """QEMU 11.1 sums up only the faults that leave no other one of their vCPU, and divides by all.
+
+    Its buckets have all of them: those are ours. So are the single latencies, but for the time
+    from one event's stamp to the next one's.
+    """
+    run = qemu_runs[name]
+    said = run.meta["query_migrate"]["dst"]
+    begun, ended = run.event("postcopy_blocktime_begin"), run.event("postcopy_blocktime_end")
+    faults = begun.merge(ended, on="addr", suffixes=("_begin", "_end"), validate="1:1")
+    latency_ns = faults["time_end"] - faults["time_begin"]
+    counted = latency_ns[faults["affected_cpus"] > 0]
+    assert len(counted) < len(latency_ns)
+    assert int(counted.sum()) // len(latency_ns) == said["postcopy-latency"]
+    buckets = np.log2(latency_ns // 1000).astype(int).value_counts()
+    ours = [int(buckets.get(n, 0)) for n in range(24)]
+    assert ours == said["postcopy-latency-dist"]
+    ours_us, theirs_us = run.faults["latency_us"].mean(), latency_ns.mean() / 1e3
+    assert theirs_us < ours_us < theirs_us + 30
+
+
 @pytest.mark.parametrize("name", ["qemu-7.2-preempt", "qemu-11.1-plain"])
 def test_every_line_is_in_the_events_frame(qemu_runs, name):
     files = [TRACES / name / f"{side}.log.xz" for side in ("source", "destination")]
