@@ -25,6 +25,7 @@ from benchmarks import (
     migrations,
     overhead,
     placement,
+    reading,
 )
 from benchmarks.floor import BUILD, program
 from benchmarks.result import Row, Scale
@@ -33,6 +34,7 @@ from migkit.trace.folder import host_facts
 SUBJECTS = {
     "faults": faults, "background": background, "bulk": bulk, "migrations": migrations,
     "overhead": overhead, "emitting": emitting, "completeness": completeness,
+    "reading": reading,
 }  # fmt: skip
 
 _COLUMNS = "{:<35} {:<10} {:>10} {:>10} {:>9} {:>15} {:>8}  {}"

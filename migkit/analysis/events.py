@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,14 +14,19 @@ import pyarrow as pa
 from migkit.analysis import schema
 from migkit.trace.dialect import canonical
 from migkit.trace.logtrace import LogTrace
+from migkit.trace.printcolumns import print_columns
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from concurrent.futures import Future
 
     import numpy.typing as npt
 
     from migkit.trace.registry import Event
     from migkit.trace.simpletrace import Trace
+
+_TEXT = pa.large_string()
+_AHEAD = 2
 
 
 def events_frame(traces: Mapping[str, Trace]) -> pd.DataFrame:
@@ -27,73 +34,97 @@ def events_frame(traces: Mapping[str, Trace]) -> pd.DataFrame:
 
     Derived events are not among them: nobody recorded those.
     """
-    parts = [part for process, trace in traces.items() for part in _parts(process, trace)]
-    if not parts:
+    return frame_of_pieces(traces.items())
+
+
+def frame_of_pieces(pieces: Iterable[tuple[str, Trace]]) -> pd.DataFrame:
+    """Return what `events_frame` does of traces in pieces, each with its process."""
+    codes: dict[str, int] = {}
+    parts = list(_parts(pieces, codes))
+    names = list(codes)
+    if not names:
         empty = pd.Categorical([], categories=[])
         return schema.frame("events", {"event": empty, "original": empty})
-    ts, seq, tid = (
-        np.concatenate([getattr(part, name) for part in parts]) for name in ("ts", "seq", "tid")
+    ts, side, tid, code = (
+        np.concatenate([getattr(part, name) for part in parts])
+        for name in ("ts", "side", "tid", "code")
     )
-    sides = np.repeat([schema.SIDES.index(part.process) for part in parts], _lengths(parts))
-    text = pa.concat_arrays([part.args for part in parts])
-    codes, names = _joined_codes(parts)
-    if len(traces) > 1 or (ts[1:] < ts[:-1]).any():
-        order = np.lexsort((seq, ts))
-        ts, tid, sides, codes = ts[order], tid[order], sides[order], codes[order]
+    text = pa.concat_arrays([part.text for part in parts])
+    if (ts[1:] < ts[:-1]).any():
+        # Of one time by the files' order; sorting what mostly is sorted takes little.
+        order = np.argsort(ts, kind="stable")
+        ts, side, tid, code = ts[order], side[order], tid[order], code[order]
         text = text.take(pa.array(order))
-    canonical_names = [canonical(name) for name in names]
-    events = sorted(set(canonical_names))
-    table = np.array([events.index(name) for name in canonical_names], np.int32)
+    originals = sorted(names)
+    events = sorted({canonical(name) for name in names})
+    place = np.array([originals.index(name) for name in names], np.int32)
+    canonical_place = np.array([events.index(canonical(name)) for name in names], np.int32)
     return pd.DataFrame(
         {
             "ts_ns": ts,
-            "process": _categories(sides, schema.SIDES),
+            "process": _categories(side, schema.SIDES),
             "tid": tid,
-            "event": _categories(table[codes], events),
-            "original": _categories(codes, names),
+            "event": _categories(canonical_place[code], events),
+            "original": _categories(place[code], originals),
             "args": text.to_pandas().array,
         }
     )
 
 
+def _parts(pieces: Iterable[tuple[str, Trace]], codes: dict[str, int]) -> Iterator[_Part]:
+    """Yield the rows of each piece; one is printed while the next one is read."""
+    with ThreadPoolExecutor(1) as printer:
+        pending: deque[Future[_Part]] = deque()
+        for process, trace in pieces:
+            pending.append(printer.submit(_part, process, trace, codes))
+            if len(pending) > _AHEAD:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
 @dataclass(frozen=True)
 class _Part:
-    """Some rows of the frame: columns (n,), the names that their codes index."""
+    """The rows of a piece in its file's order: columns (n,), ``text`` an Arrow array."""
 
-    process: str
     ts: npt.NDArray[np.int64]
-    seq: npt.NDArray[np.int64]
+    side: npt.NDArray[np.int8]
     tid: npt.NDArray[np.int64]
     code: npt.NDArray[np.int32]
-    names: tuple[str, ...]
-    args: Any
+    text: Any
 
 
-def _parts(process: str, trace: Trace) -> Iterator[_Part]:
+def _part(process: str, trace: Trace, codes: dict[str, int]) -> _Part:
+    """Return a piece's rows; ``codes`` numbers the names, and learns new ones."""
+    side = schema.SIDES.index(process)
     if isinstance(trace, LogTrace):
         log = trace.log
-        seq = np.arange(len(log))
-        yield _Part(process, log.ts_ns, seq, log.tid, log.code, log.names, log.args)
-        return
-    for name, rows in trace.events.items():
-        if name not in trace.derived:
-            ts, seq, tid = (rows[field].astype(np.int64) for field in ("ts_ns", "seq", "tid"))
-            texts = pa.array(_texts(trace.registry[name], rows), pa.large_string())
-            original = trace.originals.get(name, name)
-            yield _Part(process, ts, seq, tid, np.zeros(len(ts), np.int32), (original,), texts)
+        table = np.array([codes.setdefault(name, len(codes)) for name in log.names], np.int32)
+        sides = np.full(len(log), side, np.int8)
+        return _Part(log.ts_ns, sides, log.tid, table[log.code], log.args)
+    events = {n: rows for n, rows in trace.events.items() if n not in trace.derived and len(rows)}
+    if not events:
+        none = np.zeros(0, np.int64)
+        return _Part(none, none.astype(np.int8), none, none.astype(np.int32), pa.array([], _TEXT))
+    ts, seq, tid = (
+        np.concatenate([rows[name] for rows in events.values()]).astype(np.int64)
+        for name in ("ts_ns", "seq", "tid")
+    )
+    own = [codes.setdefault(trace.originals.get(n, n), len(codes)) for n in events]
+    code = np.repeat(np.array(own, np.int32), [len(rows) for rows in events.values()])
+    text = pa.concat_arrays([_texts(trace.registry[n], rows) for n, rows in events.items()])
+    order = _by_place(seq)
+    sides = np.full(len(ts), side, np.int8)
+    return _Part(ts[order], sides, tid[order], code[order], text.take(pa.array(order)))
 
 
-def _lengths(parts: Sequence[_Part]) -> list[int]:
-    return [len(part.ts) for part in parts]
-
-
-def _joined_codes(parts: Sequence[_Part]) -> tuple[npt.NDArray[np.int32], list[str]]:
-    """Return codes into one sorted list of the names of all parts."""
-    names = sorted({name for part in parts for name in part.names})
-    index = {name: code for code, name in enumerate(names)}
-    tables = [np.array([index[name] for name in part.names], np.int32) for part in parts]
-    codes = [table[part.code] for table, part in zip(tables, parts, strict=True)]
-    return np.concatenate(codes), names
+def _by_place(seq: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return the order of records by their place in the file, without sorting."""
+    first = seq.min()
+    place = np.full(int(seq.max() - first) + 1, -1)
+    place[seq - first] = np.arange(len(seq))
+    order: npt.NDArray[np.int64] = place[place >= 0]
+    return order
 
 
 def event_frame(traces: Mapping[str, Trace], name: str) -> pd.DataFrame:
@@ -123,12 +154,8 @@ def _categories(codes: npt.NDArray[Any], names: Sequence[str]) -> pd.Categorical
     return pd.Categorical.from_codes(codes, dtype=pd.CategoricalDtype(list(names)))
 
 
-def _texts(event: Event, rows: npt.NDArray[np.void]) -> npt.NDArray[np.object_]:
-    """Print the arguments of one event's records as QEMU's log does, (n,) of str."""
-    texts = np.empty(len(rows), object)
-    if event.args:
-        columns = [rows[name].tolist() for name in (rows.dtype.names or ())[3:]]
-        texts[:] = [event.format_args(values) for values in zip(*columns, strict=True)]
-    else:
-        texts[:] = event.format
-    return texts
+def _texts(event: Event, rows: npt.NDArray[np.void]) -> Any:
+    """Print the arguments of one event's records as QEMU's log does, an Arrow array."""
+    if not event.args:
+        return pa.repeat(pa.scalar(event.format, _TEXT), len(rows))
+    return print_columns(event, [rows[name] for name in (rows.dtype.names or ())[3:]])

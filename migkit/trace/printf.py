@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 Value: TypeAlias = int | str
 Convert: TypeAlias = Callable[[Value], object]
 
-_MODIFIER_BITS = {"hh": 8, "h": 16, "": 32, "l": 64, "ll": 64, "j": 64, "z": 64, "t": 64}
+MODIFIER_BITS = {"hh": 8, "h": 16, "": 32, "l": 64, "ll": 64, "j": 64, "z": 64, "t": 64}
 
 _MAX_WIDTH = 999
 """Ours: C's is 2³¹ - 1, and a trace or a format could ask for a line of as many spaces."""
@@ -81,7 +81,7 @@ def _converters(match: re.Match[str]) -> Iterator[Convert]:
     elif letter == "c":
         yield _integer(8, signed=False)
     elif letter != "%":
-        convert = _integer(_MODIFIER_BITS[match["modifier"] or ""], signed=letter in "di")
+        convert = _integer(MODIFIER_BITS[match["modifier"] or ""], signed=letter in "di")
         yield _alternate(convert, letter) if "#" in flags else convert
 
 

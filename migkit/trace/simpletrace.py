@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,7 +35,9 @@ if TYPE_CHECKING:
     from migkit.trace.chase import Bytes, Offsets
     from migkit.trace.registry import Event
 
-__all__ = ["Trace", "dropped_record", "header", "mapping_record", "read"]
+__all__ = ["Trace", "dropped_record", "header", "mapping_record", "read", "read_pieces"]
+
+PIECE_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -108,10 +111,49 @@ def read(
     return _sort_by_event(data, walk, registry, forms or registry.forms)
 
 
+def read_pieces(
+    path: str | os.PathLike[str],
+    registry: Registry | None = None,
+    forms: Callable[[str], Sequence[Event]] | None = None,
+    *,
+    n_bytes: int = PIECE_BYTES,
+) -> Iterator[Trace]:
+    """Read a trace file of any size a piece at a time, in memory for one piece.
+
+    The pieces hold the same records, and raise the same errors, as one `read` of the file.
+    """
+    registry = Registry.load() if registry is None else registry
+    with Path(path).open("rb") as file:
+        size = file.seek(0, 2)
+        if size < 2 * n_bytes:
+            yield read(path, registry, forms)
+            return
+        mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+    data = np.frombuffer(mapped, np.uint8)
+    check_header(data)
+    names: dict[int, str] = {}
+    start, first, step = len(header()), 0, n_bytes
+    while start < size:
+        end = min(start + step, size)
+        walk = Walk(data[:end], registry, names, start, more=end < size)
+        walk.run()
+        if walk.end == start:  # a record longer than a piece, or a tail of zeros
+            step *= 2
+            continue
+        yield _sort_by_event(data[:end], walk, registry, forms or registry.forms, first)
+        first += walk.offsets.size
+        start, step = walk.end, n_bytes
+        mapped.madvise(mmap.MADV_DONTNEED, 0, start & -mmap.PAGESIZE)
+
+
 def _sort_by_event(
-    data: Bytes, walk: Walk, registry: Registry, forms: Callable[[str], Sequence[Event]]
+    data: Bytes,
+    walk: Walk,
+    registry: Registry,
+    forms: Callable[[str], Sequence[Event]],
+    first: int = 0,
 ) -> Trace:
-    """Decode the records that a walk has found, event by event."""
+    """Decode the records that a walk has found, event by event; ``first`` lie before them."""
     offsets = walk.offsets
     names = list(dict.fromkeys(walk.names.values()))
     kinds = _kinds(data, offsets, walk.names, names)
@@ -124,7 +166,7 @@ def _sort_by_event(
         if not rows.size:
             continue
         if candidates := forms(name):
-            taken[name], events[name] = _decode_first(data, candidates, offsets[rows], rows)
+            taken[name], events[name] = _decode_first(data, candidates, offsets[rows], rows + first)
         else:
             unknown[name] = int(rows.size)
     lost = of_kind[-1]
