@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -56,16 +56,14 @@ def measure(scale: Scale) -> Iterator[Row]:
 def _simpletrace(scratch: Path, n_records: int, repeats: int) -> Iterator[Row]:
     file, parquet = scratch / "trace", scratch / "parquet"
     _write(file, n_records)
-    data = np.fromfile(file, np.uint8)
-    raw = data.tobytes()
     what = f"{n_records / 1e6:g} million records"
     yield _ratio(
-        "offsets, typed headers / loop", lambda: _headers(data), lambda: _loop_headers(raw),
+        "offsets, typed headers / loop", lambda: _headers(file), lambda: _loop_headers(file),
         30, repeats, what,
     )  # fmt: skip
     _frame(file).to_parquet(parquet)
     yield _ratio(
-        "whole frame / loop", lambda: _frame(file), lambda: _loop_frame(raw), 10, repeats, what
+        "whole frame / loop", lambda: _frame(file), lambda: _loop_frame(file), 10, repeats, what
     )
     yield _ratio(
         "whole frame / pandas from Parquet", lambda: _frame(file),
@@ -132,24 +130,36 @@ def _logs(repeats: int) -> Iterator[Row]:
     )  # fmt: skip
 
 
-def _headers(data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+class _Header(NamedTuple):
+    """What the loop makes of a record's header."""
+
+    event_id: int
+    ts_ns: int
+    length: int
+    tid: int
+
+
+def _headers(file: Path) -> tuple[np.ndarray, np.ndarray]:
+    data = np.fromfile(file, np.uint8)
     walk = Walk(data, Registry.load())
     walk.run()
     return walk.offsets, gather(data, walk.offsets, HEADER)
 
 
-def _loop_headers(raw: bytes) -> tuple[list[int], list[tuple[int, ...]]]:
-    """Do the same a record at a time."""
-    word, record = struct.Struct("=Q"), struct.Struct("=QQQLL")
-    at, offsets, headers = len(header()), [], []
-    while at < len(raw):
-        if word.unpack_from(raw, at)[0] == MAPPING:
-            at += 20 + struct.unpack_from("=L", raw, at + 16)[0]
-            continue
-        found = record.unpack_from(raw, at)
-        offsets.append(at)
-        headers.append(found)
-        at += 8 + found[3]
+def _loop_headers(file: Path) -> tuple[list[int], list[_Header]]:
+    """Do the same a record at a time, as QEMU's scripts/simpletrace.py goes through a file."""
+    offsets, headers = [], []
+    with file.open("rb") as trace:
+        at = len(trace.read(len(header())))
+        while word := trace.read(8):
+            if struct.unpack("=Q", word)[0] == MAPPING:
+                _, length = struct.unpack("=QL", trace.read(12))
+                at += 20 + len(trace.read(length))
+                continue
+            head = _Header(*struct.unpack("=QQLL", trace.read(24)))
+            offsets.append(at)
+            headers.append(head)
+            at += 32 + len(trace.read(head.length - 24))
     return offsets, headers
 
 
@@ -157,8 +167,9 @@ def _frame(file: Path) -> pd.DataFrame:
     return frame_of_pieces(("source", piece) for piece in read_pieces(file))
 
 
-def _loop_frame(raw: bytes) -> pd.DataFrame:
+def _loop_frame(file: Path) -> pd.DataFrame:
     """Build the same frame a record at a time."""
+    raw = file.read_bytes()
     registry = Registry.load()
     names: dict[int, str] = {}
     rows = []
