@@ -1,7 +1,7 @@
 """Record migkit's own samples anew: ``python traces/record.py [NAME...]``, then the manifest.
 
-Needs userfaultfd (root), and for slow-link also unshare, ip and tc. What real QEMUs recorded
-stays as it is; ``python traces/record.py --manifest`` only takes their files' digests.
+Needs userfaultfd (root). What real QEMUs recorded stays as it is; ``python traces/record.py
+--manifest`` only takes their files' digests.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -22,11 +21,6 @@ from migkit.errors import MigrationError
 from migkit.trace.folder import host_facts
 
 _MEMORY = "8MiB"
-_LINK = (
-    "ip link set lo up && "
-    "tc qdisc add dev lo root tbf rate 200mbit burst 256kb latency 50ms && "
-    'exec "$@"'
-)
 
 
 def precopy(path: Path) -> None:
@@ -73,8 +67,8 @@ def rp_error(path: Path) -> None:
 
 
 def slow_link(path: Path) -> None:
-    """Migrate over TCP on a link of 200 Mbit/s; call it within a network namespace that has one."""
-    migkit.run("random", "16MiB", path=path, rate=20000, transport="tcp")
+    """Migrate over a link of 200 Mbit/s and 1 ms each way."""
+    migkit.run("random", "16MiB", path=path, rate=20000, link="200Mbit/s, 1ms")
 
 
 _OURS = {
@@ -87,11 +81,7 @@ def record(name: str) -> dict[str, Any]:
     """Record one sample and return its entry."""
     folder = TRACES / name
     shutil.rmtree(folder, ignore_errors=True)
-    if name == "slow-link":
-        command = [sys.executable, __file__, "--here", name]
-        subprocess.run(["unshare", "-n", "sh", "-c", _LINK, "sh", *command], check=True, timeout=60)
-    else:
-        _OURS[name](folder)
+    _OURS[name](folder)
     for table in folder.glob("*.parquet"):
         table.unlink()  # they follow from the rest
     host = host_facts()["host"]
@@ -107,9 +97,6 @@ def record(name: str) -> dict[str, Any]:
 def main() -> None:
     """Record what was asked for, and write the manifest."""
     arguments = sys.argv[1:]
-    if arguments[:1] == ["--here"]:
-        _OURS[arguments[1]](TRACES / arguments[1])
-        return
     entries = manifest()
     for name in [] if arguments == ["--manifest"] else arguments or _OURS:
         entries[name] = record(name)
