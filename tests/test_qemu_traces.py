@@ -91,6 +91,8 @@ def test_lines_of_something_else_are_counted_and_shown():
         (b"migrate_set_state new state setup\n", "line 1.*-msg timestamp=on"),
         (b"\0" * 5000, "line 1.*none of 1 lines"),
         (b"2026-13-45T01:28:46.510528Z migrate_set_state x\n", "line 1"),
+        (b"3026-11-23T01:28:46.510528Z migrate_set_state x\n", "line 1"),
+        (b"1@9795396425.461369:migrate_set_state x\n", "line 1"),
     ],
 )
 def test_what_is_no_log_is_refused_with_its_line(data, message):

@@ -38,6 +38,8 @@ MAX_LINE = 1 << 20
 
 _PIECE = 1 << 20
 _MAX_NAME = 128
+_MAX_SECONDS = 9_000_000_000
+"""Since 1970; more, in ns, would not fit into 64 bits. It is the year 2255."""
 _KEPT = 5
 _NEWLINE, _SPACE, _RETURN = 10, 32, 13
 
@@ -199,13 +201,17 @@ class _Reader:
             line = piece[starts[row] : min(ends[row], starts[row] + 64)]
             if match := _ISO.match(line):
                 stamp = _iso_ns(match)
-                if stamp is None:
-                    continue
-                ts[row], at[row] = stamp, starts[row] + match.end()
-                self.zones.add(match[8] or b"")
             elif match := _SECONDS.match(line):
-                ts[row] = int(match[2]) * 1_000_000_000 + int(match[3]) * 1000
-                tid[row], at[row] = int(match[1]), starts[row] + match.end()
+                stamp = int(match[2]) * 1_000_000_000 + int(match[3]) * 1000
+            else:
+                continue
+            if stamp is None or not 0 <= stamp < _MAX_SECONDS * 1_000_000_000:
+                continue
+            ts[row], at[row] = stamp, starts[row] + match.end()
+            if match.re is _ISO:
+                self.zones.add(match[8] or b"")
+            else:
+                tid[row] = int(match[1])
         return ts, tid, at
 
     def _names_and_args(
@@ -328,7 +334,8 @@ def _day(date: int) -> int:
         moment = datetime(date // 10000, date // 100 % 100, date % 100, tzinfo=UTC)
     except ValueError:
         return -1
-    return max(-1, int(moment.timestamp()) // 86400)
+    seconds = int(moment.timestamp())
+    return seconds // 86400 if 0 <= seconds < _MAX_SECONDS else -1
 
 
 def _seconds_stamps(
@@ -351,7 +358,10 @@ def _seconds_stamps(
         fits &= ~inside | (value < 10)
         tid = np.where(inside, tid * 10 + value, tid)
     rows, window, tid, digits = rows[fits], window[fits], tid[fits], digits[fits]
-    ts = _number(window, slice(1, 11)) * 1_000_000_000 + _number(window, slice(12, 18)) * 1000
+    seconds = _number(window, slice(1, 11))
+    fits = seconds < _MAX_SECONDS
+    rows, window, tid, digits = rows[fits], window[fits], tid[fits], digits[fits]
+    ts = seconds[fits] * 1_000_000_000 + _number(window, slice(12, 18)) * 1000
     return rows, ts, tid, starts[rows] + digits + width
 
 
