@@ -31,7 +31,7 @@ from migkit.migration.control import MAX_LINE, ControlSocket
 from migkit.migration.records import RECORD_BYTES, Page, Pages, PreemptDecoder
 from migkit.migration.return_path import MAX_MESSAGE, Bitmap, ReturnPathDecoder
 from migkit.migration.stream import EndOfStream, Packaged, StreamDecoder
-from migkit.migration.streamfile import FileDecoder
+from migkit.migration.streamfile import DeviceBytes, FileDecoder
 from migkit.migration.wire import MAX_PACKAGED, TARGET_PAGE
 from migkit.probe.records import FAULT_DTYPE, last_versions
 from migkit.trace import chase, logtrace
@@ -238,10 +238,14 @@ def log(data: bytes) -> None:
 
 
 def stream_file(data: bytes) -> None:
-    """Decode a stream out of a file: its pieces lie one behind the other."""
+    """Decode a stream out of a file: its pieces lie one behind the other.
+
+    Only the state of a device may be empty.
+    """
     end = 0
     for piece in FileDecoder().pieces(io.BytesIO(data)):
-        assert piece.offset == end < piece.end
+        assert piece.offset == end <= piece.end
+        assert end < piece.end or isinstance(piece.event, DeviceBytes)
         end = piece.end
     assert end <= len(data)
 
