@@ -27,6 +27,7 @@ from benchmarks import (
     migrations,
     overhead,
     placement,
+    reading,
 )
 from benchmarks.floor import BUILD, program
 from benchmarks.result import Row, Scale
@@ -36,6 +37,7 @@ SUBJECTS = {
     "faults": faults, "background": background, "bulk": bulk, "migrations": migrations,
     "overhead": overhead, "emitting": emitting, "completeness": completeness,
     "links": links, "breaks": breaks,
+    "reading": reading,
 }  # fmt: skip
 
 _COLUMNS = "{:<35} {:<10} {:>10} {:>10} {:>9} {:>15} {:>8}  {}"

@@ -131,6 +131,33 @@ def traces() -> list[bytes]:
     return [short, head + record * 40 + texts * 3, head + unknown + texts, head + record[:-3]]
 
 
+def logs() -> list[bytes]:
+    """Return logs of both styles, with lines of something else among them."""
+    new = (
+        b"2026-11-23T01:28:46.510528Z migrate_set_state new state setup\n"
+        b"2026-11-23T01:28:47Z get_queued_page pc.ram/0x3f40000 page_abs=0x3f40\n"
+        b"qemu-system-x86_64: warning: TCG\n"
+        b"2026-11-23T03:28:46.51+02:00 postcopy_place_page host=(nil)\r\n"
+    )
+    old = (
+        b"15339@1795396430.102113:mark_postcopy_blocktime_begin addr: 0x7f0421cd7000, dd: "
+        b"0x55aef0ddd9d0, time: 2113, cpu: 0, already_received: 0\n"
+        b"15338@1795396427.987127:migration_rate_limit_pre -5 ms\n15@1.000001:mine x=1"
+    )
+    return [new, old]
+
+
+def stream_files() -> list[bytes]:
+    """Return the streams as files, and a pre-copy one with a device and its description."""
+    described = {"devices": [{"name": "dev", "instance_id": 0, "fields": [{"size": 3}]}]}
+    text = json.dumps(described).encode()
+    device = wire.section_start(3, "dev", 1, full=True) + b"abc" + wire.section_footer(3)
+    return [
+        *(stream[1:] for stream in streams()),
+        wire.header() + device + b"\0\x06" + struct.pack(">I", len(text)) + text,
+    ]
+
+
 def drains() -> list[bytes]:
     """Return a buffer as a tracer leaves it: the words of control, then the trace."""
     buffer = bytearray(DATA_OFFSET + (64 << 10))

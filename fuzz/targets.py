@@ -16,6 +16,7 @@ import itertools
 import random
 import socket
 import tracemalloc
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,15 +25,16 @@ from unittest import mock
 
 from fuzz import seeds
 from fuzz.seeds import BLOCKS, RAM
-from migkit.errors import ProtocolError, TraceFormatError
+from migkit.errors import ProtocolError, TraceFormatError, TraceWarning
 from migkit.migration import bitmap
 from migkit.migration.control import MAX_LINE, ControlSocket
 from migkit.migration.records import RECORD_BYTES, Page, Pages, PreemptDecoder
 from migkit.migration.return_path import MAX_MESSAGE, Bitmap, ReturnPathDecoder
 from migkit.migration.stream import EndOfStream, Packaged, StreamDecoder
+from migkit.migration.streamfile import DeviceBytes, FileDecoder
 from migkit.migration.wire import MAX_PACKAGED, TARGET_PAGE
 from migkit.probe.records import FAULT_DTYPE, last_versions
-from migkit.trace import chase
+from migkit.trace import chase, logtrace
 from migkit.trace.decode import event_dtype
 from migkit.trace.drain import DATA_OFFSET, Drain, published
 from migkit.trace.folder import META, SAMPLES_DTYPE, RunFolder
@@ -223,6 +225,31 @@ def trace(data: bytes) -> None:
     assert (in_lanes.n_records, in_lanes.warnings) == (found.n_records, found.warnings)
 
 
+def log(data: bytes) -> None:
+    """Read a log of QEMU's and parse all its events; each line is an event, foreign or empty."""
+    found = logtrace.read(data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TraceWarning)
+        rows = sum(len(found[name]) for name in found.events)
+    lines = data.split(b"\n")
+    empty = sum(line in (b"", b"\r") for line in lines[: found.log.n_lines])
+    assert rows <= found.n_records <= found.log.n_lines <= len(lines)
+    assert found.log.n_lines - empty <= found.n_records + found.log.n_foreign
+
+
+def stream_file(data: bytes) -> None:
+    """Decode a stream out of a file: its pieces lie one behind the other.
+
+    Only the state of a device may be empty.
+    """
+    end = 0
+    for piece in FileDecoder().pieces(io.BytesIO(data)):
+        assert piece.offset == end <= piece.end
+        assert end < piece.end or isinstance(piece.event, DeviceBytes)
+        end = piece.end
+    assert end <= len(data)
+
+
 def drain(data: bytes) -> None:
     """Drain a buffer whose words of control another process has overwritten."""
     control_words, rest = data[:16].ljust(16, b"\0"), data[16:]
@@ -286,6 +313,8 @@ TARGETS = {
     "bitmap": Target(received_bitmap, (ProtocolError,), seeds.bitmaps, (64, 64 << 10), 256),
     "control": Target(control, (ProtocolError,), seeds.control, (256, 256 << 10), 4096),
     "trace": Target(trace, (TraceFormatError,), seeds.traces, (64, 2 << 20), 4096),
+    "log": Target(log, (TraceFormatError,), seeds.logs, (512, 4 << 20), 4096),
+    "stream_file": Target(stream_file, (ProtocolError,), seeds.stream_files, (64, 24 << 20), 16384),
     "drain": Target(drain, (TraceFormatError,), seeds.drains, (8, 128 << 10), 4096),
     "trace_events": Target(trace_events, (TraceFormatError,), seeds.events, (512, 1 << 20), 2048),
     "meta": Target(meta, (TraceFormatError,), seeds.metas, (256, 256 << 10), 4096),

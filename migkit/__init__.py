@@ -1,8 +1,10 @@
 """Run a real post-copy live migration and see where every page, fault and microsecond went.
 
 ``migkit.run()`` runs one and returns a :class:`Run`; ``migkit.Migration`` is steered by hand;
-``migkit.load(path)`` opens a recorded run. Everything is imported when it is first used: the
-processes of a migration import this package too and must stay small.
+``migkit.load(path)`` opens a recorded run, ``migkit.load_qemu()`` what a QEMU recorded,
+``migkit.sample(name)`` one that comes with the source, ``migkit.stream(path)`` a stream.
+Everything is imported when it is first used: the processes of a migration import this package
+too and must stay small.
 """
 
 from __future__ import annotations
@@ -11,19 +13,25 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from migkit.analysis.qemu import load_qemu
     from migkit.analysis.run import Run
+    from migkit.analysis.samples import sample
+    from migkit.analysis.stream import stream
     from migkit.api import Migration, load, run
     from migkit.guest.workloads import Workload
 
 __version__ = "0.1.0"
-__all__ = ["Migration", "Run", "Workload", "load", "run"]
+__all__ = ["Migration", "Run", "Workload", "load", "load_qemu", "run", "sample", "stream"]
 
 _HOMES = {
     "Migration": "migkit.api",
     "Run": "migkit.analysis.run",
     "Workload": "migkit.guest.workloads",
     "load": "migkit.api",
+    "load_qemu": "migkit.analysis.qemu",
     "run": "migkit.api",
+    "sample": "migkit.analysis.samples",
+    "stream": "migkit.analysis.stream",
 }
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``migkit run``, ``migkit show``, ``migkit doctor``. Only here is printed."""
+"""The command line: ``migkit run``, ``show``, ``stream``, ``doctor``. Only here is printed."""
 
 from __future__ import annotations
 
@@ -71,9 +71,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     show.set_defaults(command=_show)
 
+    stream = commands.add_parser("stream", help="decode a migration stream, ours or QEMU's")
+    stream.add_argument("file", help="what was sent, as 'migrate exec:cat' writes it; also .xz")
+    stream.add_argument("--rows", action="store_true", help="print every piece, as CSV")
+    stream.set_defaults(command=_stream)
+
     doctor = commands.add_parser("doctor", help="try out what this machine can do")
     doctor.set_defaults(command=_doctor)
-    for command in (run, show, doctor):
+    for command in (run, show, stream, doctor):
         command.add_argument("--json", action="store_true", help="print JSON, nothing else")
     return parser
 
@@ -154,6 +159,19 @@ def _print_figures(run: Run, *, as_json: bool) -> None:
         print(json.dumps({"path": str(run.path), **summary.to_dict()}))
     else:
         print(f"{summary}\n{'run folder':<13}{run.path}")
+
+
+def _stream(options: argparse.Namespace) -> int:
+    from migkit.analysis.stream import stream  # noqa: PLC0415
+
+    decoded = stream(options.file)
+    if options.rows:
+        as_json = decoded.frame.to_json(orient="records")
+        print(as_json if options.json else decoded.frame.to_csv(index=False), end="")
+        return 0
+    summary = decoded.summary()
+    print(json.dumps(summary.to_dict()) if options.json else summary)
+    return 0 if summary.ended else 1
 
 
 def _doctor(options: argparse.Namespace) -> int:

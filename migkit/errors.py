@@ -41,6 +41,10 @@ class MissingEventError(MigkitError, KeyError):
         return str(self.args[0]) if self.args else ""
 
 
+class TraceWarning(UserWarning):
+    """A part of a run was not recorded, or is cut off: its frames hold what there is."""
+
+
 def close_matches(word: str, known: Iterable[str]) -> str:
     """Return ``did you mean 'a' or 'b'?`` for an unknown word, or list what is known."""
     names = sorted(known)

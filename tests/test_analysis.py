@@ -25,7 +25,7 @@ from migkit.trace.registry import Registry
 from migkit.trace.simpletrace import Trace
 
 PAGE = 4096
-FRAMES = sorted(schema.TABLES)
+FRAMES = sorted(set(schema.TABLES) - {"stream"})  # which is of a file, not of a run
 # The destination may read a fault while its thread still falls asleep: these are not ordered.
 ENGINE_PATH = ("fault", "read", "requested", "received_by_source", "sent", "received", "placed",
                "running")  # fmt: skip

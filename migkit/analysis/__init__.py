@@ -3,7 +3,8 @@
 ``Run.load(path)`` opens a run folder; ``schema.describe(name)`` documents each frame's columns.
 """
 
-from migkit.analysis.run import Run, TraceWarning
+from migkit.analysis.run import Run
 from migkit.analysis.summary import Summary
+from migkit.errors import TraceWarning
 
 __all__ = ["Run", "Summary", "TraceWarning"]

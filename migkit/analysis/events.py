@@ -2,50 +2,129 @@
 
 from __future__ import annotations
 
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 
 from migkit.analysis import schema
+from migkit.trace.dialect import canonical
+from migkit.trace.logtrace import LogTrace
+from migkit.trace.printcolumns import print_columns
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from concurrent.futures import Future
 
     import numpy.typing as npt
 
     from migkit.trace.registry import Event
     from migkit.trace.simpletrace import Trace
 
+_TEXT = pa.large_string()
+_AHEAD = 2
+
 
 def events_frame(traces: Mapping[str, Trace]) -> pd.DataFrame:
-    """Return the events of all processes, by time; columns: ``schema.describe("events")``."""
-    parts: dict[str, list[npt.NDArray[Any]]] = {"ts_ns": [], "seq": [], "tid": [], "args": []}
-    labels: list[tuple[str, str, int]] = []
-    for process, trace in traces.items():
-        for name, rows in trace.events.items():
-            labels.append((process, name, len(rows)))
-            parts["ts_ns"].append(rows["ts_ns"])
-            parts["seq"].append(rows["seq"])
-            parts["tid"].append(rows["tid"])
-            parts["args"].append(_texts(trace.registry[name], rows))
-    if not labels:
-        return schema.frame("events", {"event": pd.Categorical([], categories=[])})
-    joined = {key: np.concatenate(arrays) for key, arrays in parts.items()}
-    order = np.lexsort((joined["seq"], joined["ts_ns"]))
-    counts = [count for _, _, count in labels]
-    names = sorted({name for _, name, _ in labels})
-    codes = np.repeat([names.index(name) for _, name, _ in labels], counts)
-    sides = np.repeat([schema.SIDES.index(process) for process, _, _ in labels], counts)
+    """Return the events of all processes, by time; columns: ``schema.describe("events")``.
+
+    Derived events are not among them: nobody recorded those.
+    """
+    return frame_of_pieces(traces.items())
+
+
+def frame_of_pieces(pieces: Iterable[tuple[str, Trace]]) -> pd.DataFrame:
+    """Return what `events_frame` does of traces in pieces, each with its process."""
+    codes: dict[str, int] = {}
+    parts = list(_parts(pieces, codes))
+    names = list(codes)
+    if not names:
+        empty = pd.Categorical([], categories=[])
+        return schema.frame("events", {"event": empty, "original": empty})
+    ts, side, tid, code = (
+        np.concatenate([getattr(part, name) for part in parts])
+        for name in ("ts", "side", "tid", "code")
+    )
+    text = pa.concat_arrays([part.text for part in parts])
+    if (ts[1:] < ts[:-1]).any():
+        # Of one time by the files' order; sorting what mostly is sorted takes little.
+        order = np.argsort(ts, kind="stable")
+        ts, side, tid, code = ts[order], side[order], tid[order], code[order]
+        text = text.take(pa.array(order))
+    originals = sorted(names)
+    events = sorted({canonical(name) for name in names})
+    place = np.array([originals.index(name) for name in names], np.int32)
+    canonical_place = np.array([events.index(canonical(name)) for name in names], np.int32)
     return pd.DataFrame(
         {
-            "ts_ns": joined["ts_ns"][order].astype(np.int64),
-            "process": _categories(sides[order], schema.SIDES),
-            "tid": joined["tid"][order].astype(np.int64),
-            "event": _categories(codes[order], names),
-            "args": pd.array(joined["args"][order], dtype="str"),
+            "ts_ns": ts,
+            "process": _categories(side, schema.SIDES),
+            "tid": tid,
+            "event": _categories(canonical_place[code], events),
+            "original": _categories(place[code], originals),
+            "args": text.to_pandas().array,
         }
     )
+
+
+def _parts(pieces: Iterable[tuple[str, Trace]], codes: dict[str, int]) -> Iterator[_Part]:
+    """Yield the rows of each piece; one is printed while the next one is read."""
+    with ThreadPoolExecutor(1) as printer:
+        pending: deque[Future[_Part]] = deque()
+        for process, trace in pieces:
+            pending.append(printer.submit(_part, process, trace, codes))
+            if len(pending) > _AHEAD:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The rows of a piece in its file's order: columns (n,), ``text`` an Arrow array."""
+
+    ts: npt.NDArray[np.int64]
+    side: npt.NDArray[np.int8]
+    tid: npt.NDArray[np.int64]
+    code: npt.NDArray[np.int32]
+    text: Any
+
+
+def _part(process: str, trace: Trace, codes: dict[str, int]) -> _Part:
+    """Return a piece's rows; ``codes`` numbers the names, and learns new ones."""
+    side = schema.SIDES.index(process)
+    if isinstance(trace, LogTrace):
+        log = trace.log
+        table = np.array([codes.setdefault(name, len(codes)) for name in log.names], np.int32)
+        sides = np.full(len(log), side, np.int8)
+        return _Part(log.ts_ns, sides, log.tid, table[log.code], log.args)
+    events = {n: rows for n, rows in trace.events.items() if n not in trace.derived and len(rows)}
+    if not events:
+        none = np.zeros(0, np.int64)
+        return _Part(none, none.astype(np.int8), none, none.astype(np.int32), pa.array([], _TEXT))
+    ts, seq, tid = (
+        np.concatenate([rows[name] for rows in events.values()]).astype(np.int64)
+        for name in ("ts_ns", "seq", "tid")
+    )
+    own = [codes.setdefault(trace.originals.get(n, n), len(codes)) for n in events]
+    code = np.repeat(np.array(own, np.int32), [len(rows) for rows in events.values()])
+    text = pa.concat_arrays([_texts(trace.registry[n], rows) for n, rows in events.items()])
+    order = _by_place(seq)
+    sides = np.full(len(ts), side, np.int8)
+    return _Part(ts[order], sides, tid[order], code[order], text.take(pa.array(order)))
+
+
+def _by_place(seq: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return the order of records by their place in the file, without sorting."""
+    first = seq.min()
+    place = np.full(int(seq.max() - first) + 1, -1)
+    place[seq - first] = np.arange(len(seq))
+    order: npt.NDArray[np.int64] = place[place >= 0]
+    return order
 
 
 def event_frame(traces: Mapping[str, Trace], name: str) -> pd.DataFrame:
@@ -75,12 +154,8 @@ def _categories(codes: npt.NDArray[Any], names: Sequence[str]) -> pd.Categorical
     return pd.Categorical.from_codes(codes, dtype=pd.CategoricalDtype(list(names)))
 
 
-def _texts(event: Event, rows: npt.NDArray[np.void]) -> npt.NDArray[np.object_]:
-    """Print the arguments of one event's records as QEMU's log does, (n,) of str."""
-    texts = np.empty(len(rows), object)
-    if event.args:
-        columns = [rows[name].tolist() for name in (rows.dtype.names or ())[3:]]
-        texts[:] = [event.format_args(values) for values in zip(*columns, strict=True)]
-    else:
-        texts[:] = event.format
-    return texts
+def _texts(event: Event, rows: npt.NDArray[np.void]) -> Any:
+    """Print the arguments of one event's records as QEMU's log does, an Arrow array."""
+    if not event.args:
+        return pa.repeat(pa.scalar(event.format, _TEXT), len(rows))
+    return print_columns(event, [rows[name] for name in (rows.dtype.names or ())[3:]])

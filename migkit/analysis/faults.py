@@ -52,7 +52,7 @@ class Guest:
     """What of the run the fault table must know."""
 
     address: int
-    """Where the destination guest maps its RAM."""
+    """Where the destination guest maps its RAM block."""
     n_bytes: int
     page_size: int
     origin_ns: int
@@ -61,6 +61,8 @@ class Guest:
     """Requested pages had a channel of their own."""
     recorded: frozenset[str]
     """The events that were on."""
+    block: str = ""
+    """The name of the RAM block that the faults are in."""
 
 
 def faults_frame(
@@ -239,6 +241,7 @@ def _as_frame(rows: dict[str, Ints], guest: Guest, paused: Ints) -> pd.DataFrame
     data: dict[str, object] = {
         "ts_ns": ts,
         "time_s": (ts - guest.origin_ns) / 1e9,
+        "block": [guest.block] * len(ts),
         "offset": rows["page"] * guest.page_size,
         "latency_us": np.where((ts > 0) & (end >= ts), (end - ts) / 1e3, np.nan),
         **{name: rows[name] for name in ("page", "tid", "messages")},

@@ -19,7 +19,7 @@ def outages(destination: Trace) -> Ints:
     An outage that never ended lasts until the last event.
     """
     rows = destination["migrate_set_state"]
-    last = max((int(r["ts_ns"].max()) for r in destination.events.values() if len(r)), default=0)
+    last = destination.span_ns[1]
     spans: list[tuple[int, int]] = []
     begun = 0
     for ts, state in zip(rows["ts_ns"].tolist(), rows["new_state"].tolist(), strict=True):

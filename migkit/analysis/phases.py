@@ -44,7 +44,7 @@ def phases_frame(source: Trace, destination: Trace, page_size: int) -> pd.DataFr
     rows = []
     for side, found in marks.items():
         transfers = _transfers(traces[side], side, page_size)
-        for name, start, end in _spans(found, _last_event(traces[side])):
+        for name, start, end in _spans(found, traces[side].span_ns[1]):
             pages, n_bytes = _moved(transfers, start, end, page_size)
             dirty = _dirty_pages(source, name, start, end) if side == "source" else None
             rows.append((name, side, start, end, (end - start) / 1e6, pages, n_bytes, dirty))
@@ -64,12 +64,14 @@ def _source_marks(source: Trace, destination: Trace) -> Iterator[Mark]:
         yield ahead, "discard"
     if switch:
         yield switch, "switchover"
-    started = destination["guest_started"]["ts"].astype(np.int64)
-    if switch and len(started):
-        yield int(started[0]), "post-copy" if postcopy else "completion"
+    began = destination["guest_started"]["ts"].astype(np.int64)
+    # Without the destination's trace: when the source had told it to run the guest.
+    started = int(began[0]) if len(began) else _first(source, "postcopy_start_set_run")
+    if switch and started:
+        yield started, "post-copy" if postcopy else "completion"
     if postcopy and (sent := _first(source, "migration_completion_postcopy_end_after_complete")):
         # A small rest may be sent before the guest has begun.
-        yield max(sent, int(started[0]) + 1 if len(started) else 0), "completion"
+        yield max(sent, started + 1 if started else 0), "completion"
 
 
 def _destination_marks(trace: Trace) -> Iterator[Mark]:
@@ -165,6 +167,8 @@ def _moved(
 def _dirty_pages(source: Trace, name: str, start: int, end: int) -> int | None:
     """Return the pages that a round has to send, or that the last scan of another phase found."""
     rounds, scans = source["ram_save_round"], source["migration_bitmap_sync_end"]
+    if name == "precopy round 1" and "ram_save_round" in source.derived:
+        return None  # QEMU's first scan finds what was dirtied since everything was
     if name.startswith("precopy"):
         return int(rounds["dirty_pages"][rounds["ts_ns"] == start][0])
     found = scans[(scans["ts_ns"] >= start) & (scans["ts_ns"] < end)]
@@ -182,8 +186,3 @@ def _state(trace: Trace, state: str) -> int:
     rows = trace["migrate_set_state"]
     times = rows["ts_ns"][rows["new_state"] == state]
     return int(times.min()) if len(times) else 0
-
-
-def _last_event(trace: Trace) -> int:
-    """Return when the last event of a trace occurred, 0 if it is empty."""
-    return max((int(rows["ts_ns"].max()) for rows in trace.events.values()), default=0)

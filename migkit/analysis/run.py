@@ -11,34 +11,52 @@
 from __future__ import annotations
 
 import warnings as python_warnings
+from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import pandas as pd
 
-from migkit.analysis import events, schema
+from migkit.analysis import events, schema, translate
 from migkit.analysis.downtime import downtime_frame
 from migkit.analysis.faults import STAGE_EVENTS, Guest, faults_frame
 from migkit.analysis.phases import phases_frame
 from migkit.analysis.summary import Summary, summarize
-from migkit.errors import MissingEventError, close_matches
+from migkit.errors import MissingEventError, OptionError, TraceWarning, close_matches
 from migkit.probe.records import FAULT_DTYPE
-from migkit.trace import simpletrace
 from migkit.trace.folder import ROLES, RunFolder
-from migkit.trace.registry import Registry
-from migkit.trace.simpletrace import Trace
 
 if TYPE_CHECKING:
     import os
-    from pathlib import Path
 
+    import numpy as np
+    import numpy.typing as npt
+
+    from migkit.trace.simpletrace import Trace
     from migkit.view.plots import Plots
 
 _KERNEL_STAGES = "fault, blocked, woken and running"
 
 
-class TraceWarning(UserWarning):
-    """A part of a run was not recorded, or is cut off: its frames hold what there is."""
+class Recording(Protocol):
+    """What a run is made of: a run folder of ours, or what a QEMU recorded."""
+
+    @property
+    def path(self) -> Path:
+        """Where it is."""
+
+    def load_meta(self) -> dict[str, Any]:
+        """Return what meta.json says."""
+
+    def read_trace(self, role: str) -> Trace:
+        """Return one side's trace."""
+
+    def load_samples(self) -> npt.NDArray[np.void]:
+        """Return the samples."""
+
+    def load_probe(self, dtype: np.dtype[np.void]) -> npt.NDArray[np.void]:
+        """Return the probe's records."""
 
 
 class Run:
@@ -48,8 +66,8 @@ class Run:
     column, by :func:`migkit.analysis.schema.describe`.
     """
 
-    def __init__(self, folder: RunFolder) -> None:
-        """Take a folder; :meth:`load` opens one by its path."""
+    def __init__(self, folder: Recording) -> None:
+        """Take what was recorded; :meth:`load` opens a run folder by its path."""
         self._folder = folder
         self.meta: dict[str, Any] = folder.load_meta()
 
@@ -99,9 +117,17 @@ class Run:
         ``attrs["warnings"]`` says which columns are empty, and why.
         """
         records = self._folder.load_probe(FAULT_DTYPE)
-        frame = faults_frame(
-            self.traces["source"], self.traces["destination"], records, self._guest
-        )
+        source, destination = self.traces["source"], self.traces["destination"]
+        if len(blocks := self._faulting_blocks) < 2:
+            frame = faults_frame(source, destination, records, self._guest)
+        else:
+            frame = schema.concat(
+                "faults",
+                [
+                    faults_frame(*translate.of_block(source, destination, guest), records, guest)
+                    for guest in blocks
+                ],
+            )
         frame.attrs["warnings"] = list(self._fault_warnings())
         return frame
 
@@ -156,7 +182,9 @@ class Run:
         for text in self._fault_warnings():
             if text not in texts:
                 texts.append(text)
-        if not {"ram_save_range", "ram_load_range"} <= self._recorded:
+        if self.meta.get("engine") == "qemu":
+            texts.append("phases: pages and bytes are not known: QEMU has no event for them")
+        elif not {"ram_save_range", "ram_load_range"} <= self._recorded:
             texts.append(
                 "phases: pages and bytes are not known: the group 'transfer' was not recorded"
             )
@@ -175,18 +203,17 @@ class Run:
     @cached_property
     def origin_ns(self) -> int:
         """When the run's first event occurred: the zero of every ``time_s``."""
-        firsts = [
-            int(rows["ts_ns"].min())
-            for trace in self.traces.values()
-            for rows in trace.events.values()
-        ]
-        return min(firsts, default=0)
+        firsts = [trace.span_ns[0] for trace in self.traces.values()]
+        return min((first for first in firsts if first), default=0)
 
-    def write_tables(self) -> None:
-        """Write events, faults and samples as Parquet into the run folder."""
+    def write_tables(self, path: str | os.PathLike[str] | None = None) -> None:
+        """Write events, faults and samples as Parquet into a folder, by default the run's."""
+        folder = self.path if path is None else Path(path)
+        if not folder.is_dir():
+            raise OptionError(f"{folder} is not a folder: name one to write the tables into")
         for name in ("events", "faults", "samples"):
             frame: pd.DataFrame = getattr(self, name)
-            frame.to_parquet(self.path / f"{name}.parquet", index=False)
+            frame.to_parquet(folder / f"{name}.parquet", index=False)
 
     # What the frames need.
 
@@ -203,6 +230,7 @@ class Run:
         options = self.meta["options"]
         guest = self.meta.get("guests", {}).get("destination", {})
         return Guest(
+            block=str(self.meta.get("block", "")),
             address=int(guest.get("address", 0)),
             n_bytes=int(options["memory"]),
             page_size=int(options["page_size"]),
@@ -211,20 +239,34 @@ class Run:
             recorded=self._recorded,
         )
 
+    @property
+    def _faulting_blocks(self) -> list[Guest]:
+        """The RAM blocks that had faults, where there are several: a QEMU's guest has."""
+        faulted = set(self.traces["destination"][STAGE_EVENTS["read"]]["ramblock"].tolist())
+        return [
+            replace(
+                self._guest, block=block["name"], address=block["address"], n_bytes=block["size"]
+            )
+            for block in self.meta.get("blocks", ())
+            if block["name"] in faulted
+        ]
+
     def _read_trace(self, role: str) -> Trace:
-        file = self._folder.trace(role)
-        if not file.exists():
-            trace = Trace(Registry.load(), warnings=(f"there is no {file.name}: it is empty here",))
-        else:
-            trace = simpletrace.read(file)
+        trace = self._folder.read_trace(role)
         for text in trace.warnings:
-            python_warnings.warn(f"{file}: {text}", TraceWarning, stacklevel=2)
+            where = self.meta.get("files", {role: self.path / f"{role}.trace"}).get(role, self.path)
+            python_warnings.warn(f"{where}: {text}", TraceWarning, stacklevel=2)
         return trace
 
     def _why_missing(self, name: str, recorded: frozenset[str]) -> str:
-        registry = Registry.load()
+        registry = next(iter(self.traces.values())).registry
         if name not in registry:
             return f"no trace event {name!r}; {close_matches(name, recorded)}"
+        if self.meta.get("engine") == "qemu":
+            return (
+                f"the event {name!r} is not in {self.path}. Have QEMU record it with "
+                f"-trace {name}; of those recorded, {close_matches(name, recorded)}"
+            )
         group = registry[name].group
         chosen = ",".join([*self.meta["options"]["trace"], name])
         return (
@@ -235,6 +277,8 @@ class Run:
 
     def _fault_warnings(self) -> list[str]:
         """Say which stages of the fault table are empty, and why."""
+        if self.meta.get("engine") == "qemu":
+            return list(translate.fault_warnings(self._recorded))
         texts = []
         off = {stage: name for stage, name in STAGE_EVENTS.items() if name not in self._recorded}
         if off:

@@ -6,6 +6,7 @@ are numpy's, with NaN for what is not there; ``Int64`` and ``boolean`` are panda
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import pandas as pd
@@ -73,6 +74,7 @@ def _fault_columns() -> dict[str, Column]:
     columns = {
         "ts_ns": Column("int64", "the first stage there is: fault, else read, ns"),
         "time_s": _TIME,
+        "block": Column("str", "the RAM block"),
         "page": Column("int64", "host page, its index in the RAM block"),
         "offset": Column("int64", "where the page begins in the RAM block, bytes"),
         "tid": Column("int64", "thread of the guest that faulted"),
@@ -156,6 +158,7 @@ TABLES: dict[str, Table] = {
             "process": _SIDE,
             "tid": Column("int64", "thread"),
             "event": Column("category", "name of the event, see trace-events"),
+            "original": Column("category", "its name in the trace, which in a QEMU's may be older"),
             "args": Column("str", "its arguments as QEMU's log prints them"),
         },
     ),
@@ -179,6 +182,37 @@ TABLES: dict[str, Table] = {
             "dirty_pages": Column(
                 "Int64", "to be sent in this round; else what the phase's last scan found dirty"
             ),
+        },
+    ),
+    "stream": Table(
+        "one row a piece of a migration stream, in its order and without a gap",
+        {
+            "offset": Column("int64", "where it begins in the stream, bytes"),
+            "bytes": Column("int64", "its length on the wire, bytes"),
+            "section": Column(
+                "category",
+                "what it is, or what section it lies in: start, part, end or full; undecoded is "
+                "what could not be understood, or is cut off",
+                ("header", "configuration", "command", "start", "part", "end", "full", "footer",
+                 "vmdescription", "eof", "undecoded"),
+            ),
+            "section_id": Column("Int64", "the section's number"),
+            "device": Column("str", "the section's device, ram for guest memory"),
+            "command": Column("str", "QEMU's MIG_CMD name"),
+            "block": Column("str", "RAM block of pages or discards"),
+            "start": Column("Int64", "first byte of the pages in their block"),
+            "end": Column("Int64", "first byte behind them"),
+            "pages": Column("Int64", "how many pages of 4 KiB came, or were discarded"),
+            "flags": Column(
+                "category",
+                "of a section: head; state (of a device); of RAM: page (4 KiB of data), zero, "
+                "xbzrle and compressed (not decoded), mem_size (the list of blocks), eos (the "
+                "end), multifd_flush",
+                ("head", "state", "page", "zero", "xbzrle", "compressed", "mem_size", "eos",
+                 "multifd_flush"),
+            ),
+            "packaged": Column("bool", "it lies in a package, read whole before any is acted on"),
+            "detail": Column("str", "a ping's value, a discard's ranges, the machine, the blocks"),
         },
     ),
     "downtime": Table(
@@ -211,6 +245,13 @@ def frame(name: str, data: dict[str, object] | None = None) -> pd.DataFrame:
     return pd.DataFrame(
         {key: column.make(given.get(key, [])).array for key, column in columns.items()}
     )
+
+
+def concat(name: str, frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Put frames of one table together, by time; counts in ``attrs`` are not added up."""
+    joined = pd.concat(frames, ignore_index=True)
+    check(joined, name)
+    return joined.sort_values("ts_ns", kind="stable", ignore_index=True)
 
 
 def check(data: pd.DataFrame, name: str) -> None:

@@ -23,8 +23,9 @@ _MIB = 1 << 20
 class Summary:
     """The figures of one run; times in ms or us, None for what is not known.
 
-    ``pages`` and ``bytes`` say how they came; ``faults`` counts by resolution; ``latency_us`` is
-    over the faults that waited for the source (requested and in flight).
+    ``pages`` and ``bytes`` say how they came, and are empty without samples; ``faults`` counts by
+    resolution; ``latency_us`` is over the faults that waited for the source (requested and in
+    flight).
     """
 
     status: str
@@ -72,11 +73,12 @@ class Summary:
             parts = sorted(self.downtime_us.items(), key=lambda part: -part[1])[:3]
             most = ", ".join(f"{name} {us / 1e3:,.2f}" for name, us in parts)
             yield f"{'downtime':<13}{self.downtime_ms:,.2f} ms, most of it: {most}"
-        pages = ", ".join(f"{name} {count:,}" for name, count in self.pages.items())
-        yield f"{'pages':<13}{pages}"
-        speed = self.throughput_mib_s
-        rate = f", {speed:,.0f} MiB/s" if speed is not None else ""
-        yield f"{'data':<13}{sum(self.bytes.values()) / _MIB:,.1f} MiB on the wire{rate}"
+        if self.pages:
+            pages = ", ".join(f"{name} {count:,}" for name, count in self.pages.items())
+            yield f"{'pages':<13}{pages}"
+            speed = self.throughput_mib_s
+            rate = f", {speed:,.0f} MiB/s" if speed is not None else ""
+            yield f"{'data':<13}{sum(self.bytes.values()) / _MIB:,.1f} MiB on the wire{rate}"
         yield from self._fault_lines()
         for name, count in self.records_lost.items():
             if count:
@@ -100,7 +102,7 @@ def summarize(run: Run) -> Summary:
     """Return a run's figures."""
     meta, faults = run.meta, run.faults
     counters = _last_counters(run.samples)
-    wire = {
+    wire = counters and {
         "precopy": counters.get("source_precopy_bytes", 0),
         "postcopy": counters.get("source_postcopy_bytes", 0),
         "preempt": counters.get("source_preempt_bytes", 0),
@@ -118,7 +120,8 @@ def summarize(run: Run) -> Summary:
         downtime_ms=run.downtime.attrs["total_ms"],
         phases_ms=_phases_ms(mine),
         downtime_us=_plain(run.downtime.set_index("part")["duration_us"]),
-        pages={
+        pages=counters
+        and {
             "precopy": counters.get("destination_precopy_pages", 0),
             "background": counters.get("destination_background_pages", 0),
             "requested": counters.get("destination_requested_pages", 0),

@@ -156,6 +156,10 @@ class PageRecords:
             + ("" if self._block else ", with a block name first")
         )
 
+    def continue_in(self, block: str) -> None:
+        """Take records without a name to be of a block, which a record of another kind named."""
+        self._block, self._limit = block, self._sizes[block] - TARGET_PAGE
+
     def lone(self) -> Page | None:
         """Return the one record that the buffer holds, if it is one of data for a known block.
 

@@ -19,6 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from migkit.errors import OptionError, TraceFormatError
+from migkit.trace import simpletrace
+from migkit.trace.registry import Registry
+from migkit.trace.simpletrace import Trace
 
 META = "meta.json"
 FORMAT = 1
@@ -98,6 +101,13 @@ class RunFolder:
     def trace(self, role: str) -> Path:
         """Return where the trace of a side is."""
         return self.path / f"{role}.trace"
+
+    def read_trace(self, role: str) -> Trace:
+        """Read the trace of a side; without a file it is empty, and says so."""
+        file = self.trace(role)
+        if not file.exists():
+            return Trace(Registry.load(), warnings=(f"there is no {file.name}: it is empty here",))
+        return simpletrace.read(file)
 
     def save_meta(self, meta: Mapping[str, Any]) -> None:
         """Write meta.json, last and at once: a folder with it is complete."""

@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 Value: TypeAlias = int | str
 Convert: TypeAlias = Callable[[Value], object]
 
-_MODIFIER_BITS = {"hh": 8, "h": 16, "": 32, "l": 64, "ll": 64, "j": 64, "z": 64, "t": 64}
+MODIFIER_BITS = {"hh": 8, "h": 16, "": 32, "l": 64, "ll": 64, "j": 64, "z": 64, "t": 64}
 
 _MAX_WIDTH = 999
 """Ours: C's is 2³¹ - 1, and a trace or a format could ask for a line of as many spaces."""
 
-_CONVERSION = re.compile(
+CONVERSION = re.compile(
     r"%(?P<flags>[-+ #0]*)(?P<width>\*|[0-9]{1,3})?(?P<precision>\.(?:\*|[0-9]{0,3}))?"
     r"(?P<modifier>hh|h|ll|l|j|z|t)?(?P<letter>[diouxXcsp%])"
 )
@@ -38,9 +38,9 @@ def narrow(value: int, bits: int, *, signed: bool) -> int:
 
 def count_arguments(template: str) -> int:
     """Count the arguments that a printf format consumes; ValueError for a malformed one."""
-    if "%" in _CONVERSION.sub("", template):
+    if "%" in CONVERSION.sub("", template):
         raise ValueError(f"a % in {template!r} starts no conversion of C's printf")
-    return sum(len(list(_converters(match))) for match in _CONVERSION.finditer(template))
+    return sum(len(list(_converters(match))) for match in CONVERSION.finditer(template))
 
 
 def compile_format(template: str) -> Callable[[Sequence[Value]], str]:
@@ -48,8 +48,8 @@ def compile_format(template: str) -> Callable[[Sequence[Value]], str]:
 
     The values must already be what their C types can hold, see `narrow`.
     """
-    python_template = _CONVERSION.sub(_python_spec, template)
-    converters = [each for match in _CONVERSION.finditer(template) for each in _converters(match)]
+    python_template = CONVERSION.sub(_python_spec, template)
+    converters = [each for match in CONVERSION.finditer(template) for each in _converters(match)]
 
     def render(values: Sequence[Value]) -> str:
         pairs = zip(converters, values, strict=True)
@@ -81,7 +81,7 @@ def _converters(match: re.Match[str]) -> Iterator[Convert]:
     elif letter == "c":
         yield _integer(8, signed=False)
     elif letter != "%":
-        convert = _integer(_MODIFIER_BITS[match["modifier"] or ""], signed=letter in "di")
+        convert = _integer(MODIFIER_BITS[match["modifier"] or ""], signed=letter in "di")
         yield _alternate(convert, letter) if "#" in flags else convert
 
 

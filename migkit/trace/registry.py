@@ -105,7 +105,7 @@ class Registry:
         """
         if path is None:
             return _built_in()
-        return cls(_parse(Path(path)))
+        return cls(parse(Path(path)))
 
     def __getitem__(self, name: str) -> Event:
         try:
@@ -122,6 +122,16 @@ class Registry:
 
     def __len__(self) -> int:
         return len(self._events)
+
+    def forms(self, name: str) -> tuple[Event, ...]:
+        """Return the one form that an event has here, none if it is unknown."""
+        return (self._events[name],) if name in self._events else ()
+
+    def with_forms(self, forms: Mapping[str, Event]) -> Registry:
+        """Return a registry that has these forms of its events, and these events."""
+        if all(self._events.get(name) is form for name, form in forms.items()):
+            return self
+        return Registry({**self._events, **forms}.values())
 
     @property
     def groups(self) -> frozenset[str]:
@@ -160,12 +170,16 @@ class Registry:
 
 @functools.cache
 def _built_in() -> Registry:
-    return Registry(_parse(_BUILT_IN))
+    return Registry(parse(_BUILT_IN))
 
 
-def _parse(path: Path) -> list[Event]:
-    """Parse all lines of a trace-events file."""
-    events: dict[str, Event] = {}
+def parse(path: Path, *, several_forms: bool = False) -> list[Event]:
+    """Parse all lines of a trace-events file.
+
+    A name is declared once, unless ``several_forms`` allows it to come in several.
+    """
+    events: list[Event] = []
+    names: set[str] = set()
     comment: list[str] = []
     try:
         text = path.read_text(encoding="utf-8")
@@ -181,11 +195,12 @@ def _parse(path: Path) -> list[Event]:
                 event = _parse_event(line, len(events), " ".join(comment))
             except ValueError as error:
                 raise TraceFormatError(f"{path}, line {number}: {error}") from None
-            if event.name in events:
+            if event.name in names and not several_forms:
                 raise TraceFormatError(f"{path}, line {number}: {event.name} is declared twice")
-            events[event.name] = event
+            events.append(event)
+            names.add(event.name)
         comment = []
-    return list(events.values())
+    return events
 
 
 def _parse_event(line: str, event_id: int, comment: str) -> Event:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,13 +28,16 @@ from migkit.trace.walk import Walk, check_header
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     import numpy.typing as npt
 
     from migkit.trace.chase import Bytes, Offsets
+    from migkit.trace.registry import Event
 
-__all__ = ["Trace", "dropped_record", "header", "mapping_record", "read"]
+__all__ = ["Trace", "dropped_record", "header", "mapping_record", "read", "read_pieces"]
+
+PIECE_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class Trace:
     """
 
     registry: Registry
-    events: dict[str, npt.NDArray[np.void]] = field(default_factory=dict)
+    events: Mapping[str, npt.NDArray[np.void]] = field(default_factory=dict)
     n_records: int = 0
     """Event records in the file, those of unknown events included."""
     dropped: int = 0
@@ -56,6 +61,18 @@ class Trace:
     missing_bytes: int = 0
     """Bytes at the end that hold no whole record."""
     warnings: tuple[str, ...] = ()
+    derived: frozenset[str] = frozenset()
+    """Events among them that nobody recorded, but that follow from others."""
+    originals: Mapping[str, str] = field(default_factory=dict)
+    """What the file calls an event that has another name here."""
+
+    @property
+    def span_ns(self) -> tuple[int, int]:
+        """When the first and the last event occurred, zeros if none did."""
+        stamps = [rows["ts_ns"] for rows in self.events.values() if len(rows)]
+        if not stamps:
+            return 0, 0
+        return min(int(ts.min()) for ts in stamps), max(int(ts.max()) for ts in stamps)
 
     def __getitem__(self, name: str) -> npt.NDArray[np.void]:
         """Return one event's records, none if it did not occur; MissingEventError if unknown."""
@@ -67,9 +84,15 @@ class Trace:
         raise MissingEventError(f"the trace has no event {name!r}, nor has the registry; {hint}")
 
 
-def read(source: str | os.PathLike[str] | bytes, registry: Registry | None = None) -> Trace:
+def read(
+    source: str | os.PathLike[str] | bytes,
+    registry: Registry | None = None,
+    forms: Callable[[str], Sequence[Event]] | None = None,
+) -> Trace:
     """Read a trace file, or the bytes of one; the registry is migkit's own by default.
 
+    ``forms`` returns the forms of an event, by its name, that some version may have recorded: the
+    first that fits is taken, in the registry's place.
     A trace that is cut off, or whose writer was killed, yields what it holds and says so in
     ``missing_bytes`` and ``warnings``. Raises TraceFormatError, with the offset, for what cannot
     be the beginning of a trace.
@@ -85,11 +108,52 @@ def read(source: str | os.PathLike[str] | bytes, registry: Registry | None = Non
     check_header(data)
     walk = Walk(data, registry)
     walk.run()
-    return _sort_by_event(data, walk, registry)
+    return _sort_by_event(data, walk, registry, forms or registry.forms)
 
 
-def _sort_by_event(data: Bytes, walk: Walk, registry: Registry) -> Trace:
-    """Decode the records that a walk has found, event by event."""
+def read_pieces(
+    path: str | os.PathLike[str],
+    registry: Registry | None = None,
+    forms: Callable[[str], Sequence[Event]] | None = None,
+    *,
+    n_bytes: int = PIECE_BYTES,
+) -> Iterator[Trace]:
+    """Read a trace file of any size a piece at a time, in memory for one piece.
+
+    The pieces hold the same records, and raise the same errors, as one `read` of the file.
+    """
+    registry = Registry.load() if registry is None else registry
+    with Path(path).open("rb") as file:
+        size = file.seek(0, 2)
+        if size < 2 * n_bytes:
+            yield read(path, registry, forms)
+            return
+        mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+    data = np.frombuffer(mapped, np.uint8)
+    check_header(data)
+    names: dict[int, str] = {}
+    start, first, step = len(header()), 0, n_bytes
+    while start < size:
+        end = min(start + step, size)
+        walk = Walk(data[:end], registry, names, start, more=end < size)
+        walk.run()
+        if walk.end == start:  # a record longer than a piece, or a tail of zeros
+            step *= 2
+            continue
+        yield _sort_by_event(data[:end], walk, registry, forms or registry.forms, first)
+        first += walk.offsets.size
+        start, step = walk.end, n_bytes
+        mapped.madvise(mmap.MADV_DONTNEED, 0, start & -mmap.PAGESIZE)
+
+
+def _sort_by_event(
+    data: Bytes,
+    walk: Walk,
+    registry: Registry,
+    forms: Callable[[str], Sequence[Event]],
+    first: int = 0,
+) -> Trace:
+    """Decode the records that a walk has found, event by event; ``first`` lie before them."""
     offsets = walk.offsets
     names = list(dict.fromkeys(walk.names.values()))
     kinds = _kinds(data, offsets, walk.names, names)
@@ -97,15 +161,18 @@ def _sort_by_event(data: Bytes, walk: Walk, registry: Registry) -> Trace:
     lasts = np.cumsum(np.bincount(kinds, minlength=len(names) + 1))
     of_kind = np.split(order, lasts[:-1])
     events, unknown = {}, {}
+    taken = {}
     for name, rows in zip(names, of_kind[:-1], strict=True):
-        if rows.size and name in registry:
-            events[name] = decode(data, registry[name], offsets[rows], rows)
-        elif rows.size:
+        if not rows.size:
+            continue
+        if candidates := forms(name):
+            taken[name], events[name] = _decode_first(data, candidates, offsets[rows], rows + first)
+        else:
             unknown[name] = int(rows.size)
     lost = of_kind[-1]
     dropped = _count_dropped(data, offsets[lost])
     return Trace(
-        registry=registry,
+        registry=registry.with_forms(taken),
         events=events,
         n_records=offsets.size - lost.size,
         dropped=dropped,
@@ -113,6 +180,16 @@ def _sort_by_event(data: Bytes, walk: Walk, registry: Registry) -> Trace:
         missing_bytes=walk.missing_bytes,
         warnings=(*_warnings(dropped, unknown), *walk.warnings),
     )
+
+
+def _decode_first(
+    data: Bytes, forms: Sequence[Event], offsets: Offsets, rows: Offsets
+) -> tuple[Event, npt.NDArray[np.void]]:
+    """Decode one event's records with the first form that fits; raise for the last if none."""
+    for form in forms[:-1]:
+        with contextlib.suppress(TraceFormatError):
+            return form, decode(data, form, offsets, rows)
+    return forms[-1], decode(data, forms[-1], offsets, rows)
 
 
 def _kinds(

@@ -59,19 +59,31 @@ def check_header(data: Bytes) -> None:
 
 
 class Walk:
-    """One pass over a trace; `run` fills the attributes.
+    """One pass over a trace, or over a part of one; `run` fills the attributes.
 
     ``names`` maps event ids to names; ``offsets`` is where the event records begin, those that
-    count dropped ones among them.
+    count dropped ones among them. With ``more`` the data is only the trace's beginning: ``end`` is
+    where the first record lies that is not whole, from which the next part is walked.
     """
 
-    def __init__(self, data: Bytes, registry: Registry) -> None:
-        self.names: dict[int, str] = {}
+    def __init__(
+        self,
+        data: Bytes,
+        registry: Registry,
+        names: dict[int, str] | None = None,
+        start: int = FILE_HEADER.size,
+        *,
+        more: bool = False,
+    ) -> None:
+        self.names: dict[int, str] = {} if names is None else names
+        self.end = data.size
         self.missing_bytes = 0
         self.warnings: list[str] = []
         self._data = data
         self._registry = registry
         self._offsets: list[Offsets] = []
+        self._start = start
+        self._more = more
 
     @property
     def offsets(self) -> Offsets:
@@ -81,7 +93,7 @@ class Walk:
 
     def run(self) -> None:
         """Walk to the end; raises TraceFormatError at the first thing that is no record."""
-        at = FILE_HEADER.size
+        at = self._start
         candidates: Candidates | None = None
         while at < self._data.size:
             word = self._data[at : at + TYPE_BYTES].tobytes()
@@ -171,6 +183,9 @@ class Walk:
 
     def _stop(self, at: int, *, zeros: bool = False) -> int:
         """Note that the trace holds nothing more from an offset on; return the trace's end."""
+        if self._more:
+            self.end = at
+            return self._data.size
         self.missing_bytes = self._data.size - at
         what = "are zeros: the writer ended" if zeros else "hold no whole record: the trace was cut"
         self.warnings.append(
