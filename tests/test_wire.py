@@ -1093,7 +1093,7 @@ def test_any_text_is_a_size_or_is_refused(text):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"memroy": "1G"}, r"no option 'memroy': did you mean 'memory'\?"),
+        ({"memroy": "1G"}, r"no option 'memroy': did you mean 'memory'"),
         ({"post-copy": "off"}, r"no option 'post-copy': did you mean .*'postcopy'"),
         ({"memory": 4097}, "4096 or 8192 would be"),
         ({"memory": 0}, "not a multiple"),
