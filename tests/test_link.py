@@ -114,7 +114,7 @@ def test_a_link_without_a_limit_still_holds_a_bounded_amount():
     while fifo.has_room(0.0):
         fifo.push(0.0, 1 << 20, n)
         n += 1
-    assert fifo.held_bytes == n << 20 <= 65 << 20
+    assert fifo.held_bytes == n << 20 <= 66 << 20
     fifo.pop(1.5)
     assert fifo.has_room(1.5)
     fifo.push(1.6, 1000, n, waited=True)  # nothing entered before 1.5, so it cannot arrive by 2.4
@@ -279,7 +279,7 @@ def test_a_full_link_is_felt_by_the_sender_and_its_queue_is_bounded(ends):
     await_(lambda: one.relay.query()["peak_queue"]["to_destination"] > 8 << 10)
     query = one.relay.query()
     assert query["peak_queue"]["to_destination"] <= (8 << 10) + (2 << 10)
-    assert query["in_transit"]["to_destination"] <= 2 * (8 << 10)
+    assert query["in_transit"]["to_destination"] <= 3 * (8 << 10)
 
 
 def test_a_receiver_that_does_not_read_holds_up_no_other_channel(ends):
