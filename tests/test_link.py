@@ -114,7 +114,7 @@ def test_a_link_without_a_limit_still_holds_a_bounded_amount():
     while fifo.has_room(0.0):
         fifo.push(0.0, 1 << 20, n)
         n += 1
-    assert fifo.held_bytes == n << 20 <= 65 << 20
+    assert fifo.held_bytes == n << 20 <= 66 << 20
     fifo.pop(1.5)
     assert fifo.has_room(1.5)
     fifo.push(1.6, 1000, n, waited=True)  # nothing entered before 1.5, so it cannot arrive by 2.4
@@ -279,7 +279,7 @@ def test_a_full_link_is_felt_by_the_sender_and_its_queue_is_bounded(ends):
     await_(lambda: one.relay.query()["peak_queue"]["to_destination"] > 8 << 10)
     query = one.relay.query()
     assert query["peak_queue"]["to_destination"] <= (8 << 10) + (2 << 10)
-    assert query["in_transit"]["to_destination"] <= 2 * (8 << 10)
+    assert query["in_transit"]["to_destination"] <= 3 * (8 << 10)
 
 
 def test_a_receiver_that_does_not_read_holds_up_no_other_channel(ends):
@@ -392,6 +392,27 @@ def test_a_stranger_is_turned_away_by_the_link(ends, transport):
         one.listener.accept()
 
 
+def test_a_peer_that_closes_other_files_meanwhile_is_still_trusted():
+    stop = threading.Event()
+
+    def open_and_close():
+        while not stop.is_set():
+            for fd in [os.dup(2) for _ in range(10)]:
+                os.close(fd)
+
+    busy = threading.Thread(target=open_and_close)
+    listener, at = channel.listen("tcp:127.0.0.1:0")
+    with contextlib.closing(listener), contextlib.closing(channel.connect(at)):
+        listener.setblocking(True)
+        near, _ = listener.accept()
+        with contextlib.closing(near):
+            busy.start()
+            trusted = [channel.is_trusted(near, os.getpid()) for _ in range(200)]
+            stop.set()
+            busy.join()
+    assert all(trusted)
+
+
 def test_a_channel_that_leads_nowhere_is_closed(ends):
     one = ends()
     one.at = one.relay.listen(one.uri(), f"unix:{one.folder}/nobody", os.getpid())
@@ -467,7 +488,7 @@ def over(tmp_path):
         made.append(s)
         s.start()
         s.start_postcopy()
-        await_(lambda: s.status == Status.POSTCOPY_ACTIVE)
+        s.await_status(Status.POSTCOPY_ACTIVE, 30)
         return s
 
     yield make

@@ -6,6 +6,7 @@ away; TCP binds to the loopback address alone.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import socket
@@ -102,11 +103,13 @@ def _owner(local: tuple[str, int], remote: tuple[str, int]) -> tuple[int, int]:
 
 def _holds(pid: int, inode: int) -> bool:
     """Whether a process of ours has a socket open."""
-    try:
-        links = [entry.readlink() for entry in Path(f"/proc/{pid}/fd").iterdir()]
-    except OSError:
-        return False
-    return Path(f"socket:[{inode}]") in links
+    wanted = Path(f"socket:[{inode}]")
+    with contextlib.suppress(OSError):  # the process is gone
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # it closes another one just now
+                if entry.readlink() == wanted:
+                    return True
+    return False
 
 
 def _nobody() -> None:

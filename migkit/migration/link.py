@@ -79,8 +79,10 @@ class Fifo(Generic[T]):
         self._rate, self._latency_s = link.bytes_per_s, link.latency_s
         self.queue_limit = link.bytes_in(_QUEUE_S, _LEAST_QUEUE, _MOST_QUEUE)
         self._queue_s = self.queue_limit / self._rate
-        in_flight = link.bytes_in(link.latency_s, self.queue_limit, _MOST_IN_FLIGHT)
-        self._most_held = self.queue_limit + in_flight
+        # The bandwidth bounds what is held to the queue and one latency's worth; this is for links
+        # of unlimited bandwidth, or nearly so.
+        in_flight = link.bytes_in(2 * link.latency_s, self.queue_limit, _MOST_IN_FLIGHT)
+        self._most_held = 2 * self.queue_limit + in_flight
         self._free_at = 0.0
         self._parcels: deque[tuple[float, int, T]] = deque()
         self.held_bytes = 0

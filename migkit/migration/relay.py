@@ -157,7 +157,7 @@ class Relay:
             elif readable:
                 wake = min(wake, fifo.refill_at)
                 for flow in readable:
-                    flow.note_backlog(self._piece)
+                    flow.note_backlog()
         if self._clock.stands:
             return readers, [], [], None
         writers = [flow.onward for flow in self._flows() if flow.pending]

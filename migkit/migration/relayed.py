@@ -63,12 +63,11 @@ class Flow:
         """Whether it has come to its end."""
         return self.closed or (self._delivered_all and not self.pending)
 
-    def note_backlog(self, piece: int) -> None:
-        """Look how much has come that the link has no room for, if a ``piece`` is not known of."""
-        if self._known_bytes < piece:
-            size = array.array("i", [0])
-            fcntl.ioctl(self._end, termios.FIONREAD, size)
-            self._known_bytes = size[0]
+    def note_backlog(self) -> None:
+        """Look how much has come that the link has no room for."""
+        size = array.array("i", [0])
+        fcntl.ioctl(self._end, termios.FIONREAD, size)
+        self._known_bytes = size[0]
 
     def was_waiting(self, n_bytes: int) -> bool:
         """Whether what was read is of the backlog that was noted."""
