@@ -1,6 +1,6 @@
 """Migrate while everything goes wrong that can, drawn at random from a printed seed.
 
-``python -m benchmarks.torture [--minutes 10] [--seed N]``: each migration has options and up to
+``python -m benchmarks.torture [--minutes 10] [--seed N] [--count 300 --only cut]``: each migration has options and up to
 three disasters drawn for it: an engine, a guest or the probe killed, stopped for a while or
 interrupted; the channels paused or the link cut after some bytes or stalled; a cancel; a stranger
 who connects. What is paused is recovered, over and over. Of each migration is demanded that it
@@ -57,13 +57,13 @@ class Trial:
     wrong: str = ""
 
 
-def draw_trial(number: int, draw: random.Random) -> Trial:
-    """Draw a migration and its disasters."""
+def draw_trial(number: int, draw: random.Random, only: str = "") -> Trial:
+    """Draw a migration and its disasters; ``only`` those whose name begins so, one of them."""
     options = draw_options(draw, _MOST_MEMORY)
     options["probe"] = "auto" if draw.random() < 0.15 else "off"
     options["switchover_ack"] = options["return_path"] and draw.random() < 0.2
     options["mem_lock"] = draw.random() < 0.1
-    if draw.random() < 0.5:
+    if only or draw.random() < 0.5:
         options["link"] = draw.choice(
             ["unlimited", "200Mbit/s", "200Mbit/s, 1ms", "1Gbit/s, 100us"]
         )
@@ -77,10 +77,10 @@ def draw_trial(number: int, draw: random.Random) -> Trial:
     kinds += ["pause", "pause", "cancel", "stranger"]
     if "link" in options:
         kinds += ["cut main", "cut preempt", "cut both", "stall"] * 3
+    count = 1 if only else draw.choice([0, 1, 1, 2, 3])
+    kinds = [kind for kind in kinds if kind.startswith(only)]
     span = draw.choice([0.02, 0.2, 1.0])
-    disasters = sorted(
-        (draw.random() * span, draw.choice(kinds)) for _ in range(draw.choice([0, 1, 1, 2, 3]))
-    )
+    disasters = sorted((draw.random() * span, draw.choice(kinds)) for _ in range(count))
     return Trial(number, options, disasters)
 
 
@@ -224,14 +224,14 @@ class Torturer:
         assert verdict, str(verdict)
 
 
-def torture(minutes: float, seed: int) -> list[Trial]:
-    """Try for some minutes; return all trials."""
+def torture(minutes: float, seed: int, count: int, only: str) -> list[Trial]:
+    """Try for some minutes, at most ``count`` times; return all trials."""
     draw = random.Random(seed)
     end = time.monotonic() + minutes * 60
     trials: list[Trial] = []
     with tempfile.TemporaryDirectory() as folder, _nothing_left():
-        while time.monotonic() < end:
-            trial = draw_trial(len(trials), draw)
+        while time.monotonic() < end and len(trials) < count:
+            trial = draw_trial(len(trials), draw, only)
             trials.append(trial)
             Torturer(trial, Path(folder) / "run", random.Random(draw.random())).run()
             _remove(Path(folder) / "run")
@@ -279,9 +279,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 16))
+    parser.add_argument("--count", type=int, default=1 << 30, help="migrations, at most")
+    parser.add_argument("--only", default="", help="one disaster each, that begins so: cut, killed")
     arguments = parser.parse_args()
     print(f"seed {arguments.seed}", flush=True)
-    trials = torture(arguments.minutes, arguments.seed)
+    trials = torture(arguments.minutes, arguments.seed, arguments.count, arguments.only)
     print_table(trials)
     return 1 if any(trial.wrong for trial in trials) else 0
 
