@@ -1,11 +1,12 @@
 """Migrate while everything goes wrong that can, drawn at random from a printed seed.
 
-``python -m benchmarks.torture [--minutes 10] [--seed N] [--count 300 --only cut]``: each migration has options and up to
-three disasters drawn for it: an engine, a guest or the probe killed, stopped for a while or
-interrupted; the channels paused or the link cut after some bytes or stalled; a cancel; a stranger
-who connects. What is paused is recovered, over and over. Of each migration is demanded that it
-ends; that at no moment two guests run; that the guest that is left is bit for bit one that never
-moved, or that its memory went with a guest that was killed, and that this is said.
+``python -m benchmarks.torture [--minutes 10] [--seed N] [--count 300 --only cut]``: each
+migration has options and up to three disasters drawn for it: an engine, a guest or the probe
+killed, stopped for a while or interrupted; the channels paused or the link cut after some bytes
+or stalled; a cancel; a stranger who connects. What is paused is recovered, over and over. Of each
+migration is demanded that it ends; that at no moment two guests run; that the guest that is left
+is bit for bit one that never moved, or that its memory went with a guest that was killed, and
+that this is said.
 
 Ends with a table of what was tried, how often, and what came of it. Exit code 1 when anything
 was lost that need not be.

@@ -452,6 +452,9 @@ class Source(Engine):
             self.state.set(before, Status.POSTCOPY_PAUSED)
             return
         self.control.event("ERROR", desc=str(error) or type(error).__name__)
+        failing = Status.FAILING in states.SOURCE[before]
+        if failing:
+            self.state.set(before, Status.FAILING)
         if stream_error and not self.completing:
             trace.migration_thread_file_err()
         elif stream_error and not self.answers.is_open:
@@ -459,7 +462,7 @@ class Source(Engine):
         self.answers.abandon(broken=stream_error or isinstance(error, ProtocolError))
         if self._guest_is_ours(before):
             self._resume_guest()
-        self.state.set(before, Status.FAILED)
+        self.state.set(Status.FAILING if failing else before, Status.FAILED)
 
     def _guest_is_ours(self, status: Status) -> bool:
         """Whether the guest, of a migration that failed in this state, may go on here."""
