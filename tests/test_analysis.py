@@ -25,7 +25,7 @@ from migkit.trace.registry import Registry
 from migkit.trace.simpletrace import Trace
 
 PAGE = 4096
-FRAMES = sorted(set(schema.TABLES) - {"stream"})  # which is of a file, not of a run
+FRAMES = sorted(set(schema.TABLES) - {"violations"})  # that one is what run.check() returns
 # The destination may read a fault while its thread still falls asleep: these are not ordered.
 ENGINE_PATH = ("fault", "read", "requested", "received_by_source", "sent", "received", "placed",
                "running")  # fmt: skip
@@ -367,7 +367,7 @@ def test_a_run_of_which_only_the_description_is_left_is_an_empty_run(copy):
     for name in FRAMES:
         frame = getattr(run, name)
         schema.check(frame, name)
-        assert frame.empty
+        assert frame.empty or not frame["faults"].any()  # the buckets are always there
     assert "completed" in str(run.summary())
 
 

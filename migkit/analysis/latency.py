@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
+from migkit.analysis import schema
 from migkit.analysis.schema import STAGES
 
 DURATIONS = tuple(f"{stage}_us" for stage in STAGES[1:])
@@ -67,6 +68,25 @@ def dominating_stage(faults: pd.DataFrame, at: str) -> str | None:
     if steps.empty or not steps.max():
         return None
     return str(steps.idxmax()).removesuffix("_us")
+
+
+def critical_path(faults: pd.DataFrame) -> pd.DataFrame:
+    """Return which stage dominates where; ``schema.describe("critical_path")``."""
+    parts = stage_breakdown(faults)
+    rows = []
+    for at, row in parts.iterrows():
+        steps = row[list(DURATIONS)].dropna().sort_values(ascending=False, kind="stable")
+        steps = steps[steps > 0]
+        if steps.empty:
+            continue
+        names = [str(name).removesuffix("_us") for name in steps.index] + ["", ""]
+        times = [*steps.tolist(), float("nan"), float("nan")]
+        whole = float(row["latency_us"])
+        rows.append((str(at), whole, names[0], times[0], times[0] / whole, names[1], times[1]))
+    columns = list(schema.table("critical_path").columns)
+    return schema.frame(
+        "critical_path", {c: [row[i] for row in rows] for i, c in enumerate(columns)}
+    )
 
 
 def _present(faults: pd.DataFrame) -> list[str]:

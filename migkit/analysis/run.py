@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 import pandas as pd
 
 from migkit.analysis import events, schema, translate
+from migkit.analysis.analyses import Analyses
 from migkit.analysis.downtime import downtime_frame
 from migkit.analysis.faults import STAGE_EVENTS, Guest, faults_frame
 from migkit.analysis.phases import phases_frame
@@ -59,11 +60,12 @@ class Recording(Protocol):
         """Return the probe's records."""
 
 
-class Run:
+class Run(Analyses):
     """One migration as its folder has it; frames are built when they are first asked for.
 
-    ``events``, ``faults``, ``samples``, ``phases`` and ``downtime`` are described, column by
-    column, by :func:`migkit.analysis.schema.describe`.
+    ``events``, ``faults``, ``samples``, ``phases``, ``downtime`` and those of
+    :class:`~migkit.analysis.analyses.Analyses` are described, column by column, by
+    :func:`migkit.analysis.schema.describe`.
     """
 
     def __init__(self, folder: Recording) -> None:
@@ -103,12 +105,17 @@ class Run:
         Integers are int64, strings ``category``. The frame is empty when the event was recorded
         but did not occur; MissingEventError when it was not recorded.
         """
+        self.need(name)
+        return events.event_frame(self.traces, name)
+
+    def need(self, *names: str) -> None:
+        """Raise MissingEventError, with the remedy, unless these events were recorded."""
         recorded = self._recorded | {
             name for trace in self.traces.values() for name in trace.events
         }
-        if name not in recorded:
-            raise MissingEventError(self._why_missing(name, recorded))
-        return events.event_frame(self.traces, name)
+        for name in names:
+            if name not in recorded:
+                raise MissingEventError(self._why_missing(name, recorded))
 
     @cached_property
     def faults(self) -> pd.DataFrame:

@@ -7,12 +7,16 @@ are numpy's, with NaN for what is not there; ``Int64`` and ``boolean`` are panda
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import pandas as pd
 
+from migkit.analysis.column import SIDES, Column, Table
+from migkit.analysis.derived import DERIVED
 from migkit.errors import MigkitError, OptionError, close_matches
 from migkit.trace.folder import SAMPLES_DTYPE
+
+__all__ = ["RESOLUTIONS", "SIDES", "STAGES", "TABLES", "Column", "SchemaError", "Table", "check",
+           "describe", "frame", "table"]  # fmt: skip
 
 STAGES = (
     "fault", "blocked", "read", "requested", "received_by_source",
@@ -21,34 +25,10 @@ STAGES = (
 """The stages of a fault, in order."""
 
 RESOLUTIONS = ("requested", "in_flight", "local", "background", "minor", "unresolved")
-SIDES = ("source", "destination")
 
 
 class SchemaError(MigkitError, ValueError):
     """A frame does not have the columns or dtypes that the schema gives it."""
-
-
-@dataclass(frozen=True)
-class Column:
-    """One column: its dtype as pandas writes it, its meaning, and the choices of a ``category``."""
-
-    dtype: str
-    doc: str
-    choices: tuple[str, ...] = ()
-
-    def make(self, data: object = ()) -> pd.Series:
-        """Return data as a column of this dtype."""
-        if self.choices:
-            return pd.Series(pd.Categorical(data, categories=list(self.choices)))  # type: ignore[call-overload]
-        return pd.Series(data, dtype=self.dtype)
-
-
-@dataclass(frozen=True)
-class Table:
-    """One frame: what a row is, and its columns in order."""
-
-    row: str
-    columns: dict[str, Column] = field(default_factory=dict)
 
 
 _SIDE = Column("category", "the process: source or destination", SIDES)
@@ -227,6 +207,7 @@ TABLES: dict[str, Table] = {
             "share": Column("float64", "part of the whole, 0 to 1"),
         },
     ),
+    **DERIVED,
 }  # fmt: skip
 """All frames by name."""
 

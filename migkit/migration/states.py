@@ -67,6 +67,35 @@ DESTINATION: Mapping[Status, frozenset[Status]] = {
 }
 """The destination's transitions."""
 
+_RUNNING = frozenset(SOURCE) - {
+    _S.NONE, _S.CANCELLING, _S.CANCELLED, _S.COMPLETED, _S.FAILING, _S.FAILED
+}  # fmt: skip
+
+QEMU_SOURCE: Mapping[Status, frozenset[Status]] = {
+    # 7.2 enters post-copy before its guest stops; 10.2 and later cancel whatever runs when they
+    # quit, a paused post-copy too (migration_cancel).
+    **{state: frozenset({_S.CANCELLING}) for state in _RUNNING},
+    _S.ACTIVE: frozenset({_S.POSTCOPY_ACTIVE, _S.CANCELLING}),
+    _S.DEVICE: frozenset({_S.POSTCOPY_ACTIVE, _S.ACTIVE, _S.CANCELLING}),
+}
+"""What real QEMUs do at the source beyond :data:`SOURCE`; only traces are judged by it."""
+
+QEMU_DESTINATION: Mapping[Status, frozenset[Status]] = {
+    _S.NONE: frozenset({_S.ACTIVE}),
+    _S.ACTIVE: frozenset({_S.POSTCOPY_DEVICE}),
+    _S.POSTCOPY_DEVICE: frozenset({_S.POSTCOPY_ACTIVE, _S.FAILED}),
+    _S.POSTCOPY_PAUSED: frozenset({_S.POSTCOPY_RECOVER_SETUP}),
+    _S.POSTCOPY_RECOVER_SETUP: frozenset({_S.POSTCOPY_RECOVER, _S.POSTCOPY_PAUSED}),
+}
+"""What real QEMUs do at the destination beyond :data:`DESTINATION`."""
+
+
+def is_known(side: str, old: str, new: str) -> bool:
+    """Whether a side may go from ``old`` to ``new``, names as in a trace, by any of the tables."""
+    both = (SOURCE, QEMU_SOURCE) if side == "source" else (DESTINATION, QEMU_DESTINATION)
+    return any(new in after for table in both for before, after in table.items() if before == old)
+
+
 ENDED = frozenset({_S.COMPLETED, _S.CANCELLED, _S.FAILED})
 """States in which nothing moves any more."""
 

@@ -8,15 +8,24 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from migkit.view.blocktime import plot_blocktime
+from migkit.view.downtime import plot_downtime
 from migkit.view.latency import plot_fault_latency, plot_fault_stages
 from migkit.view.timeline import plot_timeline
+from migkit.view.transfer import plot_transfer
+from migkit.view.working_set import plot_working_set
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from migkit.analysis.run import Run
 
-__all__ = ["Plots", "plot_fault_latency", "plot_fault_stages", "plot_timeline"]
+__all__ = ["PLOTS", "Plots"]
+
+PLOTS = (
+    "timeline", "fault_latency", "fault_stages", "blocktime", "transfer", "working_set", "downtime",
+)  # fmt: skip
+"""The plots there are, by name, in the order in which a report shows them."""
 
 
 class Plots:
@@ -37,3 +46,19 @@ class Plots:
     def fault_stages(self) -> Figure:
         """Draw which step of a fault takes how long, at the median and in the tail."""
         return plot_fault_stages(self._run)
+
+    def blocktime(self) -> Figure:
+        """Draw how long the guest stood still on faults, in QEMU's buckets and over time."""
+        return plot_blocktime(self._run)
+
+    def transfer(self) -> Figure:
+        """Draw what was sent over time, and how the pages came."""
+        return plot_transfer(self._run)
+
+    def working_set(self) -> Figure:
+        """Draw what the guest wrote between scans, and what it missed in post-copy."""
+        return plot_working_set(self._run)
+
+    def downtime(self) -> Figure:
+        """Draw the parts of the downtime."""
+        return plot_downtime(self._run)

@@ -1,0 +1,138 @@
+"""The analyses of a run as properties: what a Run offers beyond what was recorded.
+
+Each is a pure function of its own module; here they get what they need, and an analysis whose
+events were not recorded raises MissingEventError instead of showing nothing.
+"""
+
+from __future__ import annotations
+
+import abc
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from migkit.analysis import blocktime, latency, page, requests, rounds, states, transfer
+from migkit.analysis.rates import rates_frame
+from migkit.analysis.working_set import working_set_frame
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from migkit.analysis.faults import Guest
+    from migkit.trace.simpletrace import Trace
+
+
+class Analyses(abc.ABC):
+    """What can be computed of a run; each frame is built when it is first asked for."""
+
+    @property
+    @abc.abstractmethod
+    def traces(self) -> dict[str, Trace]:
+        """Both raw traces."""
+
+    @property
+    @abc.abstractmethod
+    def faults(self) -> pd.DataFrame:
+        """The fault table."""
+
+    @property
+    @abc.abstractmethod
+    def samples(self) -> pd.DataFrame:
+        """The samples."""
+
+    @property
+    @abc.abstractmethod
+    def phases(self) -> pd.DataFrame:
+        """The phases of both sides."""
+
+    @property
+    @abc.abstractmethod
+    def origin_ns(self) -> int:
+        """When the run's first event occurred."""
+
+    @property
+    @abc.abstractmethod
+    def _guest(self) -> Guest: ...
+
+    @abc.abstractmethod
+    def need(self, *names: str) -> None:
+        """Raise MissingEventError, with the remedy, unless these events were recorded."""
+
+    @cached_property
+    def end_ns(self) -> int:
+        """When the run's last event occurred."""
+        ends = [int(rows["ts_ns"].max()) for trace in self.traces.values()
+                for rows in trace.events.values() if len(rows)]  # fmt: skip
+        return max(ends, default=0)
+
+    @cached_property
+    def states(self) -> pd.DataFrame:
+        """The states that each side went through, and whether each step was legal."""
+        self.need("migrate_set_state")
+        return states.states_frame(self.traces, self.origin_ns)
+
+    @cached_property
+    def rounds(self) -> pd.DataFrame:
+        """The rounds of pre-copy: how much each sent, and how much it left dirty."""
+        return rounds.rounds_frame(self.phases)
+
+    @cached_property
+    def rates(self) -> pd.DataFrame:
+        """How fast both guests went on and pages came, between one sample and the next."""
+        faults = self.faults
+        answered = faults.loc[faults["resolution"].isin(["requested", "in_flight"]), "placed_ns"]
+        return rates_frame(self.samples, self._guest.page_size, answered.dropna())
+
+    @cached_property
+    def transfer(self) -> pd.DataFrame:
+        """Every run of pages that was sent, and how it came to be."""
+        guest = self._guest
+        destination = self.traces["destination"]
+        if "ram_save_range" not in self.traces["source"].events and (
+            "postcopy_place_page" in destination.events
+        ):
+            return transfer.placed_frame(
+                destination, guest.page_size, self.origin_ns, guest.address
+            )
+        self.need("ram_save_range")
+        return transfer.transfer_frame(self.traces["source"], guest.page_size, self.origin_ns)
+
+    @cached_property
+    def requests(self) -> pd.DataFrame:
+        """The requests for missing pages: wasted ones, and those that the limiter held up."""
+        self.need("postcopy_ram_fault_thread_request", "postcopy_page_req_add")
+        return requests.requests_frame(self.faults, self.traces["source"])
+
+    @cached_property
+    def working_set(self) -> pd.DataFrame:
+        """How many pages the guest wrote between scans, and first touched in post-copy."""
+        self.need("migration_bitmap_sync_end")
+        return working_set_frame(
+            self.traces["source"], self.faults, self._guest.page_size, self.origin_ns
+        )
+
+    @cached_property
+    def critical_path(self) -> pd.DataFrame:
+        """Which stage of a fault takes most of its latency, at the median and in the tail."""
+        return latency.critical_path(self.faults)
+
+    @cached_property
+    def blocktime(self) -> pd.DataFrame:
+        """How long each thread stood still on faults, and all at once."""
+        self.need("postcopy_ram_fault_thread_request")
+        return blocktime.blocktime_frame(self.faults, self.end_ns)
+
+    @cached_property
+    def latency_distribution(self) -> pd.DataFrame:
+        """The latencies of faults in the 24 buckets of QEMU's postcopy-latency-dist."""
+        self.need("postcopy_ram_fault_thread_request")
+        return blocktime.distribution_frame(self.faults)
+
+    def query_blocktime(self) -> dict[str, Any]:
+        """Return blocktime and latencies in the names and units of QEMU's query-migrate."""
+        return blocktime.query_migrate(self.faults, self.end_ns)
+
+    def page(self, number: int) -> pd.DataFrame:
+        """Return everything that happened to a host page: a part of the frame ``events``."""
+        guest = self._guest
+        n_pages = guest.n_bytes // guest.page_size
+        return page.page_frame(self.traces, number, guest.page_size, n_pages, guest.address)
