@@ -1,10 +1,12 @@
 """What several test files share."""
 
 import os
+import time
 from pathlib import Path
 
 import pytest
 
+import migkit
 from migkit import Migration
 
 
@@ -58,3 +60,58 @@ def session(tmp_path):
     yield make
     for one in made:
         one.close()
+
+
+# Recorded migrations that several files look at; none of them changes its folder.
+
+
+@pytest.fixture(scope="session")
+def recordings(tmp_path_factory):
+    return tmp_path_factory.mktemp("recordings")
+
+
+@pytest.fixture(scope="session")
+def plain_run(recordings):
+    return migkit.run(
+        path=recordings / "plain",
+        memory="16MiB",
+        rate=0,
+        max_postcopy_bandwidth="40MiB",
+        timeout_s=60,
+    )
+
+
+@pytest.fixture(scope="session")
+def precopy_run(recordings):
+    return migkit.run(
+        path=recordings / "precopy", memory="16MiB", rate=5000, postcopy="off", timeout_s=60
+    )
+
+
+@pytest.fixture(scope="session")
+def recovered_run(recordings):
+    """A post-copy that was paused and recovered, with every event recorded."""
+    with migkit.Migration(
+        "random", "16MiB", path=recordings / "recovered", postcopy="manual", trace="all",
+        max_postcopy_bandwidth="16MiB",
+    ) as migration:  # fmt: skip
+        migration.start()
+        migration.start_postcopy()
+        migration.await_status("postcopy-active")
+        time.sleep(0.05)
+        migration.pause()
+        migration.await_end()
+        migration.recover()
+        return migration.wait(60)
+
+
+@pytest.fixture(scope="session")
+def cancelled_run(recordings):
+    with migkit.Migration(
+        "random", "16MiB", path=recordings / "cancelled", rate=1000, postcopy="manual",
+        max_bandwidth="8MiB", probe="off",
+    ) as migration:  # fmt: skip
+        migration.start()
+        migration.await_status("active")
+        migration.cancel()
+        return migration.wait(60)

@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from migkit.analysis import blocktime, latency, page, requests, rounds, states, transfer
+from migkit.analysis.check import check_frame
 from migkit.analysis.rates import rates_frame
 from migkit.analysis.working_set import working_set_frame
 
@@ -23,6 +24,23 @@ if TYPE_CHECKING:
 
 class Analyses(abc.ABC):
     """What can be computed of a run; each frame is built when it is first asked for."""
+
+    meta: dict[str, Any]
+
+    @property
+    @abc.abstractmethod
+    def status(self) -> str:
+        """The source's last state."""
+
+    @property
+    @abc.abstractmethod
+    def records_lost(self) -> dict[str, int]:
+        """How many records are missing, by where."""
+
+    @property
+    @abc.abstractmethod
+    def recorded(self) -> frozenset[str]:
+        """The names of the events that were recorded."""
 
     @property
     @abc.abstractmethod
@@ -57,6 +75,16 @@ class Analyses(abc.ABC):
     def need(self, *names: str) -> None:
         """Raise MissingEventError, with the remedy, unless these events were recorded."""
 
+    @property
+    def page_size(self) -> int:
+        """The host page size, bytes."""
+        return self._guest.page_size
+
+    @property
+    def n_pages(self) -> int:
+        """How many host pages the guest's RAM has."""
+        return self._guest.n_bytes // self.page_size
+
     @cached_property
     def end_ns(self) -> int:
         """When the run's last event occurred."""
@@ -80,7 +108,7 @@ class Analyses(abc.ABC):
         """How fast both guests went on and pages came, between one sample and the next."""
         faults = self.faults
         answered = faults.loc[faults["resolution"].isin(["requested", "in_flight"]), "placed_ns"]
-        return rates_frame(self.samples, self._guest.page_size, answered.dropna())
+        return rates_frame(self.samples, self.page_size, answered.dropna())
 
     @cached_property
     def transfer(self) -> pd.DataFrame:
@@ -106,9 +134,7 @@ class Analyses(abc.ABC):
     def working_set(self) -> pd.DataFrame:
         """How many pages the guest wrote between scans, and first touched in post-copy."""
         self.need("migration_bitmap_sync_end")
-        return working_set_frame(
-            self.traces["source"], self.faults, self._guest.page_size, self.origin_ns
-        )
+        return working_set_frame(self.traces["source"], self.faults, self.page_size, self.origin_ns)
 
     @cached_property
     def critical_path(self) -> pd.DataFrame:
@@ -133,6 +159,14 @@ class Analyses(abc.ABC):
 
     def page(self, number: int) -> pd.DataFrame:
         """Return everything that happened to a host page: a part of the frame ``events``."""
-        guest = self._guest
-        n_pages = guest.n_bytes // guest.page_size
-        return page.page_frame(self.traces, number, guest.page_size, n_pages, guest.address)
+        return page.page_frame(
+            self.traces, number, self.page_size, self.n_pages, self._guest.address
+        )
+
+    def check(self) -> pd.DataFrame:
+        """Return the rules that this run breaks, none when all is well.
+
+        The rules are :data:`migkit.analysis.check.RULES`; ``attrs`` says which the run keeps, and
+        which cannot be judged, and why. :mod:`migkit.testing` has them as assertions.
+        """
+        return check_frame(self)

@@ -104,7 +104,9 @@ DERIVED: dict[str, Table] = {
             "answered": Column("boolean", "the page came"),
             "wait_us": Column("float64", "from the request to the page's placing, us"),
             "limited_us": Column(
-                "float64", "how much of the time until it was sent the source was limited, us"
+                "float64",
+                "how much of the time from its arrival at the source until the page was sent the "
+                "source was limited, us",
             ),
             "stalled": Column("boolean", "that was 5 ms or more"),
             "outage_us": Column("float64", "how much of the wait fell into an outage, us"),

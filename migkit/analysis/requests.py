@@ -26,17 +26,19 @@ def requests_frame(faults: pd.DataFrame, source: Trace) -> pd.DataFrame:
     """Return the requests, one row each; ``schema.describe("requests")``.
 
     Two threads that wait for one page are one request. Limited means that the source waited in
-    its rate limiter, or spun in it; a source that answers requests past the limiter is limited
-    too, and its requests do not stall.
+    its rate limiter, or spun in it, when it had the request and had not sent the page: a source
+    that answers past its limiter is not held up by it.
     """
     asked = faults[faults["requested_ns"].notna() & faults["page"].ge(0)]
     asked = asked.sort_values("requested_ns", kind="stable")
     threads = asked.groupby(["page", "requested_ns"], sort=False)["tid"].transform("nunique")
     asked = asked.assign(threads=threads).drop_duplicates(["page", "requested_ns"])
     begin = asked["requested_ns"].to_numpy(np.int64)
+    heard = asked["received_by_source_ns"].fillna(asked["requested_ns"]).to_numpy(np.int64)
     end = asked["sent_ns"].fillna(asked["received_ns"]).fillna(asked["placed_ns"])
-    served = end.fillna(0).to_numpy(np.int64)
-    limited = overlap_us(begin, served, limited_spans(source))
+    # Of a page under way the source has nothing left to do.
+    served = end.mask(asked["resolution"] == "in_flight").fillna(0).to_numpy(np.int64)
+    limited = overlap_us(heard, served, limited_spans(source))
     wait_us = (asked["placed_ns"] - asked["requested_ns"]).astype("Float64") / 1e3
     return schema.frame(
         "requests",

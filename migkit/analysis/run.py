@@ -110,12 +110,9 @@ class Run(Analyses):
 
     def need(self, *names: str) -> None:
         """Raise MissingEventError, with the remedy, unless these events were recorded."""
-        recorded = self._recorded | {
-            name for trace in self.traces.values() for name in trace.events
-        }
         for name in names:
-            if name not in recorded:
-                raise MissingEventError(self._why_missing(name, recorded))
+            if name not in self.recorded:
+                raise MissingEventError(self._why_missing(name, self.recorded))
 
     @cached_property
     def faults(self) -> pd.DataFrame:
@@ -223,6 +220,11 @@ class Run(Analyses):
             frame.to_parquet(folder / f"{name}.parquet", index=False)
 
     # What the frames need.
+
+    @cached_property
+    def recorded(self) -> frozenset[str]:
+        """The names of the events that were recorded, whether they occurred or not."""
+        return self._recorded.union(*(trace.events for trace in self.traces.values()))
 
     @property
     def _recorded(self) -> frozenset[str]:
