@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from migkit.analysis.compare import compare
     from migkit.analysis.qemu import load_qemu
     from migkit.analysis.run import Run
     from migkit.analysis.samples import sample
@@ -21,12 +22,13 @@ if TYPE_CHECKING:
     from migkit.guest.workloads import Workload
 
 __version__ = "0.1.0"
-__all__ = ["Migration", "Run", "Workload", "load", "load_qemu", "run", "sample", "stream"]
+__all__ = ["Migration", "Run", "Workload", "compare", "load", "load_qemu", "run", "sample", "stream"]
 
 _HOMES = {
     "Migration": "migkit.api",
     "Run": "migkit.analysis.run",
     "Workload": "migkit.guest.workloads",
+    "compare": "migkit.analysis.compare",
     "load": "migkit.api",
     "load_qemu": "migkit.analysis.qemu",
     "run": "migkit.api",

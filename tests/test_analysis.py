@@ -25,7 +25,9 @@ from migkit.trace.registry import Registry
 from migkit.trace.simpletrace import Trace
 
 PAGE = 4096
-FRAMES = sorted(set(schema.TABLES) - {"violations"})  # that one is what run.check() returns
+FRAMES = sorted(
+    set(schema.TABLES) - {"violations", "comparison"}
+)  # those two are returned, not kept
 # The destination may read a fault while its thread still falls asleep: these are not ordered.
 ENGINE_PATH = ("fault", "read", "requested", "received_by_source", "sent", "received", "placed",
                "running")  # fmt: skip

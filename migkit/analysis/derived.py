@@ -166,5 +166,18 @@ DERIVED: dict[str, Table] = {
             "message": Column("str", "what was expected and what is there, with examples"),
         },
     ),
+    "comparison": Table(
+        "one row a figure and run, or group of runs",
+        {
+            "figure": Column("str", "what was measured"),
+            "unit": Column("str", "of value"),
+            "run": Column("str", "the run's or group's name"),
+            "runs": Column("int64", "how many runs are in it"),
+            "value": Column("float64", "the figure; of several runs the mean, of faults of all"),
+            "ratio": Column("float64", "value as a multiple of the first run's"),
+            "low": Column("float64", "lower end of the ratio's bootstrap 95 % interval, or empty"),
+            "high": Column("float64", "its upper end"),
+        },
+    ),
 }  # fmt: skip
 """The derived frames by name."""
