@@ -21,35 +21,27 @@ from migkit.analysis.blocktime import (
 SPANS = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 12)), max_size=12)
 
 
+BLANK = {"int64": 0, "str": "", "float64": np.nan, "Int64": pd.NA, "boolean": pd.NA,
+         "category": None}  # fmt: skip
+
+
 def faults(*waits, resolution="requested"):
     """Faults of (tid, begin us, latency us); read 1 us after the begin, placed 1 us earlier."""
     tids, begin, latency = zip(*waits, strict=True) if waits else ((), (), ())
     begin_ns = np.array(begin, np.int64) * 1000
     known = np.array(latency, np.float64)
     end_ns = begin_ns + np.nan_to_num(known * 1000).astype(np.int64)
-    frame = schema.frame(
-        "faults",
-        {
-            "ts_ns": begin_ns,
-            "tid": list(tids),
-            "page": range(len(tids)),
-            "resolution": [resolution] * len(tids),
-            "latency_us": known,
-            "read_ns": pd.array(begin_ns + 1000, "Int64"),
-            "placed_ns": pd.array(end_ns - 1000, "Int64"),
-        }
-        | {
-            name: [pd.NA] * len(tids)
-            for name, column in schema.table("faults").columns.items()
-            if column.dtype in ("Int64", "boolean") and name not in ("read_ns", "placed_ns")
-        }
-        | {
-            name: [None] * len(tids)
-            for name, column in schema.table("faults").columns.items()
-            if column.dtype in ("category", "float64") and name not in ("resolution", "latency_us")
-        }
-        | {name: [0] * len(tids) for name in ("offset", "messages")},
-    )
+    columns = schema.table("faults").columns
+    data = {name: [BLANK[column.dtype]] * len(tids) for name, column in columns.items()}
+    data |= {
+        "ts_ns": begin_ns,
+        "tid": list(tids),
+        "resolution": [resolution] * len(tids),
+        "latency_us": known,
+        "read_ns": begin_ns + 1000,
+        "placed_ns": end_ns - 1000,
+    }
+    frame = schema.frame("faults", data)
     schema.check(frame, "faults")
     return frame
 

@@ -115,9 +115,8 @@ class Analyses(abc.ABC):
         """Every run of pages that was sent, and how it came to be."""
         guest = self._guest
         destination = self.traces["destination"]
-        if "ram_save_range" not in self.traces["source"].events and (
-            "postcopy_place_page" in destination.events
-        ):
+        if self.meta.get("engine") == "qemu":
+            self.need("postcopy_place_page")
             return transfer.placed_frame(
                 destination, guest.page_size, self.origin_ns, guest.address
             )
@@ -159,9 +158,7 @@ class Analyses(abc.ABC):
 
     def page(self, number: int) -> pd.DataFrame:
         """Return everything that happened to a host page: a part of the frame ``events``."""
-        return page.page_frame(
-            self.traces, number, self.page_size, self.n_pages, self._guest.address
-        )
+        return page.page_frame(self.traces, number, self._guest)
 
     def check(self) -> pd.DataFrame:
         """Return the rules that this run breaks, none when all is well.

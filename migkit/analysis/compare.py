@@ -138,7 +138,7 @@ def _rows(
     draws: Sequence[npt.NDArray[np.float64]],
 ) -> list[tuple[object, ...]]:  # fmt: skip
     """Return a row a group: its value, its ratio to the first, and the ratio's interval."""
-    rows = []
+    rows: list[tuple[object, ...]] = []
     for number, (group, point, some) in enumerate(zip(groups, points, draws, strict=True)):
         low = high = np.nan
         ratio = 1.0 if not number else point / points[0] if points[0] else np.nan

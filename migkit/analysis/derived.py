@@ -98,6 +98,7 @@ DERIVED: dict[str, Table] = {
         {
             "ts_ns": Column("int64", "when the destination sent it, ns"),
             "time_s": _TIME,
+            "block": Column("str", "the RAM block"),
             "page": Column("int64", "host page"),
             "threads": Column("int64", "threads that waited for it"),
             "wasted": Column("boolean", "the page was under way already"),

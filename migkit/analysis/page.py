@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     import pandas as pd
 
+    from migkit.analysis.faults import Guest
+
 # The argument that says which page: in bytes of the RAM block, in pages, or as an address of the
 # destination; and the one that says how much, in the same unit.
 _BYTES, _PAGES, _ADDRESS = "bytes", "pages", "address"
@@ -40,20 +42,22 @@ _FIELDS = {
     "postcopy_fault_local": ("offset", "", _BYTES),
 }
 
+_BLOCK_FIELDS = frozenset({"rbname", "ramblock", "block_name", "str"})
+_SAME_BLOCK = "(null)"  # QEMU's rbname of a request for a page of the same block as the last
 
-def page_frame(
-    traces: Mapping[str, Trace], page: int, page_size: int, n_pages: int, base: int
-) -> pd.DataFrame:
+
+def page_frame(traces: Mapping[str, Trace], page: int, guest: Guest) -> pd.DataFrame:
     """Return all events about a host page, by time; columns: ``schema.describe("events")``.
 
-    ``base`` is where the destination maps page 0. Raises OptionError for a page outside the RAM.
+    Raises OptionError for a page outside the guest's RAM block.
     """
+    n_pages = guest.n_bytes // guest.page_size
     if not 0 <= page < n_pages:
         raise OptionError(f"page {page}: the guest has the pages 0 to {n_pages - 1}")
     chosen = {}
     for side, trace in traces.items():
         events = {
-            name: rows[_about(name, rows, page, page_size, base)]
+            name: rows[_about(name, rows, page, guest)]
             for name, rows in trace.events.items()
             if name in _FIELDS
         }
@@ -63,13 +67,13 @@ def page_frame(
     return events_frame(chosen)
 
 
-def _about(
-    name: str, rows: npt.NDArray[np.void], page: int, page_size: int, base: int
-) -> npt.NDArray[np.bool_]:
+def _about(name: str, rows: npt.NDArray[np.void], page: int, guest: Guest) -> npt.NDArray[np.bool_]:
     """Return which records of an event are about a page."""
     field, length, unit = _FIELDS[name]
-    scale = 1 if unit == _PAGES else page_size
-    first = rows[field].astype(np.int64) - (base if unit == _ADDRESS else 0)
+    scale = 1 if unit == _PAGES else guest.page_size
+    first = rows[field].astype(np.int64) - (guest.address if unit == _ADDRESS else 0)
     size = rows[length].astype(np.int64) if length else np.full(len(rows), scale)
     found: npt.NDArray[np.bool_] = (first < (page + 1) * scale) & (first + size > page * scale)
+    for block in _BLOCK_FIELDS.intersection(rows.dtype.names or ()):
+        found &= np.isin(rows[block], [guest.block, _SAME_BLOCK])
     return found

@@ -31,8 +31,9 @@ def requests_frame(faults: pd.DataFrame, source: Trace) -> pd.DataFrame:
     """
     asked = faults[faults["requested_ns"].notna() & faults["page"].ge(0)]
     asked = asked.sort_values("requested_ns", kind="stable")
-    threads = asked.groupby(["page", "requested_ns"], sort=False)["tid"].transform("nunique")
-    asked = asked.assign(threads=threads).drop_duplicates(["page", "requested_ns"])
+    one = ["block", "page", "requested_ns"]
+    threads = asked.groupby(one, sort=False)["tid"].transform("nunique")
+    asked = asked.assign(threads=threads).drop_duplicates(one)
     begin = asked["requested_ns"].to_numpy(np.int64)
     heard = asked["received_by_source_ns"].fillna(asked["requested_ns"]).to_numpy(np.int64)
     end = asked["sent_ns"].fillna(asked["received_ns"]).fillna(asked["placed_ns"])
@@ -45,6 +46,7 @@ def requests_frame(faults: pd.DataFrame, source: Trace) -> pd.DataFrame:
         {
             "ts_ns": begin,
             "time_s": asked["time_s"].to_numpy() + (begin - asked["ts_ns"].to_numpy()) / 1e9,
+            "block": asked["block"],
             "page": asked["page"],
             "threads": asked["threads"],
             "wasted": (asked["resolution"] == "in_flight").astype("boolean"),

@@ -55,7 +55,7 @@ def working_set_frame(
 
 def _missed(faults: pd.DataFrame) -> dict[str, np.ndarray]:
     """Return the pages that the guest touched first, in equal spans of post-copy."""
-    first = faults.groupby("page", sort=False)["ts_ns"].min().to_numpy(np.int64)
+    first = faults.groupby(["block", "page"], sort=False)["ts_ns"].min().to_numpy(np.int64)
     edges = np.linspace(first.min(), first.max() + 1, _BINS + 1).astype(np.int64)
     pages, _ = np.histogram(first, edges)
     pages = pages.astype(np.int64)

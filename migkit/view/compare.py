@@ -74,9 +74,9 @@ def _draw_ratios(axes: Axes, comparison: Comparison, figures: list[str]) -> None
     axes.set_xscale("log")
     for number, group in enumerate(others, 1):
         color, marker, _ = _STYLES[number % len(_STYLES)]
-        mine = comparison.frame[comparison.frame["run"] == group.name].set_index("figure")
-        for row, name in enumerate(figures):
-            _draw_ratio(axes, mine.loc[name], row + spread[number - 1], color, marker)
+        mine = comparison.frame[comparison.frame["run"] == group.name]
+        for row, (_, figure) in enumerate(mine.iterrows()):
+            _draw_ratio(axes, figure, row + spread[number - 1], color, marker)
     axes.set_yticks(range(len(figures)), figures)
     axes.set_ylim(len(figures) - 0.5, -0.5)
     axes.set_xlabel("ratio (times)")

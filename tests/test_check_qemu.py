@@ -1,0 +1,113 @@
+"""The rules on what real QEMUs recorded: they find what is in the samples, and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import migkit
+from migkit.analysis import schema
+from migkit.analysis.check import RULES
+from migkit.analysis.derived import DERIVED
+from migkit.errors import TraceWarning
+from migkit.testing import assert_fault_latency, assert_no_violations, assert_order, assert_states
+
+TRACES = Path(__file__).parents[1] / "traces"
+FOUND = {
+    "qemu-7.2-preempt": [],
+    "qemu-11.1-plain": ["blocktime-adds-up", "blocktime-adds-up"],
+    "qemu-11.1-rate-limited": [
+        "limiter-waits", "limiter-starves-nobody", "blocktime-adds-up", "blocktime-adds-up",
+    ],
+}  # fmt: skip
+
+
+def open_sample(name):
+    folder = TRACES / name
+    destination = folder / "destination.log.xz"
+    return migkit.load_qemu(
+        folder / "source.log.xz",
+        destination if destination.exists() else None,
+        query_migrate=folder / "query-migrate.json",
+    )
+
+
+@pytest.fixture(scope="module")
+def samples():
+    return {name: open_sample(name) for name in FOUND}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_the_check_finds_what_is_there_and_nothing_else(samples, name):
+    found = samples[name].check()
+    schema.check(found, "violations")
+    assert found["rule"].tolist() == FOUND[name]
+    judged = {*found.attrs["kept"], *found["rule"]}
+    assert judged | set(found.attrs["not_checked"]) == {rule.name for rule in RULES}
+    assert len(judged) >= 10
+
+
+@pytest.mark.parametrize("name", FOUND)
+@pytest.mark.parametrize("frame", sorted(set(DERIVED) - {"violations", "comparison"}))
+def test_the_analyses_take_a_qemus_run_as_they_take_ours(samples, name, frame):
+    schema.check(getattr(samples[name], frame), frame)
+
+
+def test_a_run_of_which_the_destination_is_missing_says_what_cannot_be_judged():
+    run = open_sample("qemu-11.1-destination-killed")
+    with pytest.warns(TraceWarning, match="no trace of the destination"):
+        found = run.check()
+    assert found["rule"].tolist() == ["limiter-waits"]
+    assert "postcopy_ram_fault_thread_request" in found.attrs["not_checked"]["stages-in-order"]
+    assert_states(run, ["setup", "active", "device", "postcopy-device", "postcopy-active",
+                        "postcopy-paused", "cancelling"])  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["qemu-11.1-plain", "qemu-11.1-rate-limited"])
+def test_our_blocktime_is_the_reported_one_and_our_buckets_are_nearly_theirs(samples, name):
+    """QEMU's total is right; its times of vCPUs and its mean are what does not add up.
+
+    It counts until a page was received, we until it was placed: ours are a little longer.
+    """
+    run = samples[name]
+    reported = run.meta["query_migrate"]["dst"]
+    ours = run.query_blocktime()
+    assert 0 <= ours["postcopy-blocktime"] / reported["postcopy-blocktime"] - 1 < 0.01
+    theirs, counts = reported["postcopy-latency-dist"], ours["postcopy-latency-dist"]
+    assert sum(counts) == sum(theirs)
+    moved = sum(abs(a - b) for a, b in zip(counts, theirs, strict=True)) / 2
+    assert moved / sum(theirs) < 0.1
+    whole_ms = ours["postcopy-latency"] * sum(counts) / 1e6
+    assert whole_ms >= reported["postcopy-blocktime"] > reported["postcopy-vcpu-blocktime"][0]
+
+
+def test_requests_that_the_limiter_held_up_waited_for_most_of_its_period(samples):
+    stalled = samples["qemu-11.1-rate-limited"].requests.query("stalled")
+    assert stalled["limited_us"].max() > 80_000
+    assert (stalled["limited_us"] <= stalled["wait_us"]).all()
+    assert not samples["qemu-7.2-preempt"].requests["stalled"].any()
+
+
+def test_placed_pages_are_divided_into_requested_and_unasked(samples):
+    run = samples["qemu-11.1-plain"]
+    pages = run.transfer.groupby("how", observed=True)["pages"].sum()
+    assert pages["requested"] == 1081
+    assert pages.sum() == len(run.event("postcopy_place_page")) + len(
+        run.event("postcopy_place_page_zero")
+    )
+
+
+def test_the_assertions_work_on_a_qemus_run(samples):
+    run = samples["qemu-7.2-preempt"]
+    assert_no_violations(run)
+    assert_order(
+        run,
+        ["migration_completion_postcopy_end", "migration_return_path_end_before",
+         "source_return_path_thread_shut 0x0", "migration_return_path_end_after",
+         "migrate_set_state new state completed"],
+        side="source",
+    )  # fmt: skip
+    assert_fault_latency(run, p50_us=1000, at_least=1000)
+    with pytest.raises(AssertionError, match="blocktime-adds-up"):
+        assert_no_violations(samples["qemu-11.1-plain"])
