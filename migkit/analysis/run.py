@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from migkit.trace.simpletrace import Trace
+    from migkit.view.export import Exports
     from migkit.view.plots import Plots
 
 _KERNEL_STAGES = "fault, blocked, woken and running"
@@ -176,6 +177,13 @@ class Run(Analyses):
         from migkit.view.plots import Plots  # noqa: PLC0415 — matplotlib only for who plots
 
         return Plots(self)
+
+    @property
+    def export(self) -> Exports:
+        """What it can be written as: ``run.export.perfetto(path)``, ``.html``, ``.csv``, ..."""
+        from migkit.view.export import Exports  # noqa: PLC0415 — as with the plots
+
+        return Exports(self)
 
     @property
     def warnings(self) -> tuple[str, ...]:
