@@ -22,7 +22,17 @@ if TYPE_CHECKING:
     from migkit.guest.workloads import Workload
 
 __version__ = "0.1.0"
-__all__ = ["Migration", "Run", "Workload", "compare", "load", "load_qemu", "run", "sample", "stream"]
+__all__ = [
+    "Migration",
+    "Run",
+    "Workload",
+    "compare",
+    "load",
+    "load_qemu",
+    "run",
+    "sample",
+    "stream",
+]
 
 _HOMES = {
     "Migration": "migkit.api",

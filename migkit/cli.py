@@ -1,4 +1,7 @@
-"""The command line: ``migkit run``, ``show``, ``stream``, ``doctor``. Only here is printed."""
+"""The command line: ``migkit run``, ``stream``, ``doctor``, and those of :mod:`migkit.cli_runs`.
+
+Only here and there is printed.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +9,21 @@ import argparse
 import dataclasses
 import json
 import sys
+import warnings
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
+from migkit import cli_runs
 from migkit.errors import MigkitError, OptionError
 from migkit.guest.workloads import WORKLOADS
 from migkit.migration.options import Options
-
-if TYPE_CHECKING:
-    from migkit.analysis.run import Run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return 0, 1 when something failed, 2 when the call was wrong."""
     parser = _parser()
     options = parser.parse_args(arguments)
+    warnings.showwarning = _print_warning
     try:
         code: int = options.command(options)
     except OptionError as error:
@@ -36,6 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 0
     return code
+
+
+def _print_warning(message: Warning | str, *_: object, **__: object) -> None:
+    """Print a warning as the errors are printed: for who calls, not with a line of ours."""
+    print(f"migkit: {message}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -60,16 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_option(run, field)
     run.set_defaults(command=_run)
 
-    show = commands.add_parser("show", help="summarise a recorded run, or draw it")
-    show.add_argument("run", help="a run folder")
-    show.add_argument("--png", type=Path, metavar="FILE", help="write a plot to FILE")
-    show.add_argument(
-        "--plot", choices=("timeline", "fault_latency", "fault_stages"), default="timeline"
-    )
-    show.add_argument(
-        "--log", choices=("source", "destination"), help="print a side's trace as QEMU logs it"
-    )
-    show.set_defaults(command=_show)
+    recorded = cli_runs.add_commands(commands)
 
     stream = commands.add_parser("stream", help="decode a migration stream, ours or QEMU's")
     stream.add_argument("file", help="what was sent, as 'migrate exec:cat' writes it; also .xz")
@@ -78,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
 
     doctor = commands.add_parser("doctor", help="try out what this machine can do")
     doctor.set_defaults(command=_doctor)
-    for command in (run, show, stream, doctor):
+    for command in (run, *recorded, stream, doctor):
         command.add_argument("--json", action="store_true", help="print JSON, nothing else")
     return parser
 
@@ -115,50 +113,10 @@ def _run(options: argparse.Namespace) -> int:
             timeout_s=options.timeout,
             **given,
         )
-    _print_figures(run, as_json=options.json)
+    cli_runs.print_figures(run, as_json=options.json)
     if options.verify and not options.json:
         print("Verified: RAM and CPU state are, bit for bit, those of an unmigrated guest.")
     return 0
-
-
-def _show(options: argparse.Namespace) -> int:
-    from migkit import api  # noqa: PLC0415
-
-    run = api.load(options.run)
-    if options.png:
-        figure = getattr(run.plot, options.plot)()
-        try:
-            figure.savefig(options.png, format="png", dpi=120)
-        except OSError as error:
-            raise OptionError(f"--png {options.png}: {error.strerror}") from error
-    if options.log:
-        _print_log(run, options.log, as_json=options.json)
-        return 0
-    _print_figures(run, as_json=options.json)
-    return 0
-
-
-def _print_log(run: Run, side: str, *, as_json: bool) -> None:
-    """Print a side's trace events, one a line, in order of time."""
-    if as_json:
-        events = run.events[run.events["process"] == side]
-        print(events.to_json(orient="records"))
-        return
-    from migkit.trace.folder import RunFolder  # noqa: PLC0415
-    from migkit.trace.logformat import format_log  # noqa: PLC0415
-    from migkit.trace.simpletrace import read  # noqa: PLC0415
-
-    for line in format_log(read(RunFolder(run.path).trace(side))):
-        print(line)
-
-
-def _print_figures(run: Run, *, as_json: bool) -> None:
-    """Print the figures of a run, and where it is."""
-    summary = run.summary()
-    if as_json:
-        print(json.dumps({"path": str(run.path), **summary.to_dict()}))
-    else:
-        print(f"{summary}\n{'run folder':<13}{run.path}")
 
 
 def _stream(options: argparse.Namespace) -> int:

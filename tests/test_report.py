@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 
 from migkit.analysis import Run
+from migkit.view import PLOTS
 from migkit.view.html import table
-from migkit.view.plots import PLOTS
 from migkit.view.report import report
 
 VOID = {"meta", "img", "br", "hr", "input", "link"}

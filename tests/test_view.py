@@ -19,7 +19,7 @@ from matplotlib.text import Text
 import migkit
 from migkit.analysis import Run, schema
 from migkit.analysis.rates import KINDS, rates_frame
-from migkit.view.plots import PLOTS
+from migkit.view import PLOTS
 from migkit.view.style import PHASE_STYLES, RESOLUTION_STYLES, STAGE_STYLES, duration
 
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -55,6 +55,19 @@ class Exports:
         """Write frames as Parquet files into a folder, which is made if need be."""
         return self._tables(folder, frames, "parquet")
 
+    def table(self, name: str, path: str | os.PathLike[str]) -> Path:
+        """Write one frame as a file, CSV or Parquet by its suffix."""
+        target = Path(path)
+        kind = target.suffix.removeprefix(".")
+        if kind not in ("csv", "parquet"):
+            raise OptionError(f"{target}: a table is written as .csv or .parquet")
+        _check_name(name)
+        try:
+            _write(getattr(self._run, name), target, kind)
+        except OSError as error:
+            raise OptionError(f"{path}: {error.strerror or error}") from error
+        return target
+
     def _tables(
         self, folder: str | os.PathLike[str], names: Iterable[str], kind: str
     ) -> dict[str, Path]:
@@ -62,10 +75,9 @@ class Exports:
 
         Raises MissingEventError for such a frame that was asked for by name.
         """
-        chosen = list(names)
+        chosen = tuple(names)
         for name in chosen:
-            if name not in FRAMES:
-                raise OptionError(f"no frame {name!r}; {close_matches(name, FRAMES)}")
+            _check_name(name)
         target, written = Path(folder), {}
         try:
             target.mkdir(parents=True, exist_ok=True)
@@ -73,21 +85,25 @@ class Exports:
                 try:
                     frame: pd.DataFrame = getattr(self._run, name)
                 except MissingEventError:
-                    if tuple(chosen) == FRAMES:
+                    if chosen == FRAMES:
                         continue
                     raise
                 written[name] = target / f"{name}.{kind}"
-                if kind == "csv":
-                    frame.to_csv(written[name], index=False)
-                else:
-                    _without_attrs(frame).to_parquet(written[name], index=False)
+                _write(frame, written[name], kind)
         except OSError as error:
             raise OptionError(f"{folder}: {error.strerror or error}") from error
         return written
 
 
-def _without_attrs(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return a frame without its notes, which Parquet takes only if they are JSON."""
+def _check_name(name: str) -> None:
+    if name not in FRAMES:
+        raise OptionError(f"no frame {name!r}; {close_matches(name, FRAMES)}")
+
+
+def _write(frame: pd.DataFrame, path: Path, kind: str) -> None:
+    if kind == "csv":
+        frame.to_csv(path, index=False)
+        return
     plain = frame.copy(deep=False)
-    plain.attrs = {}
-    return plain
+    plain.attrs = {}  # Parquet takes notes only if they are JSON
+    plain.to_parquet(path, index=False)

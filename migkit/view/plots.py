@@ -20,13 +20,6 @@ if TYPE_CHECKING:
 
     from migkit.analysis.run import Run
 
-__all__ = ["PLOTS", "Plots"]
-
-PLOTS = (
-    "timeline", "fault_latency", "fault_stages", "blocktime", "transfer", "working_set", "downtime",
-)  # fmt: skip
-"""The plots there are, by name, in the order in which a report shows them."""
-
 
 class Plots:
     """A run's plots as methods."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from matplotlib.ticker import EngFormatter
 
-from migkit.analysis.rates import KINDS, rates_frame
+from migkit.analysis.rates import KINDS
 from migkit.view.style import (
     BLUE,
     GREEN,
@@ -57,9 +57,7 @@ def plot_timeline(run: Run) -> Figure:
     """
     figure = new_figure(10.5, 9.0)
     panels = figure.subplots(4, 1, sharex=True, height_ratios=[1.5, 1.0, 1.0, 1.3])
-    faults = run.faults
-    answered = faults.loc[faults["resolution"].isin(["requested", "in_flight"]), "placed_ns"]
-    rates = rates_frame(run.samples, int(run.meta["options"]["page_size"]), answered.dropna())
+    rates = run.rates
     _draw_phases(panels[0], run)
     _draw_progress(panels[1], rates)
     _draw_transfer(panels[2], rates, run.samples)
@@ -169,6 +167,11 @@ def _name_bar(
 def _draw_progress(axes: Axes, rates: pd.DataFrame) -> None:
     """Draw steps a second; on a logarithmic axis when post-copy all but stops the guest."""
     headline(axes, "Progress of the guest, at the source and at the destination")
+    axes.set_ylabel("steps/s")
+    if rates.empty:
+        note(axes, "no samples were taken")
+        axes.set_yticks([])
+        return
     styles = {"source": (GREEN, "-", "o"), "destination": (VERMILION, "--", "s")}
     for side, (color, line, marker) in styles.items():
         axes.plot(
@@ -182,8 +185,6 @@ def _draw_progress(axes: Axes, rates: pd.DataFrame) -> None:
         axes.set_yscale("symlog", linthresh=10.0 ** decades[0])
         axes.set_yticks([0.0, *(10.0**decade for decade in range(decades[0], decades[1] + 1))])
         axes.set_ylabel("steps/s (log)")
-    else:
-        axes.set_ylabel("steps/s")
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(EngFormatter(sep=""))
 
@@ -191,6 +192,11 @@ def _draw_progress(axes: Axes, rates: pd.DataFrame) -> None:
 def _draw_transfer(axes: Axes, rates: pd.DataFrame, samples: pd.DataFrame) -> None:
     """Draw the rates on each other; those of requested pages, which are few, get a line too."""
     headline(axes, "Guest RAM that came at the destination")
+    axes.set_ylabel("MiB/s")
+    if rates.empty:
+        note(axes, "no samples were taken")
+        axes.set_yticks([])
+        return
     below = rates["time_s"] * 0.0
     for kind in KINDS:
         if not rates[f"{kind}_mib_s"].any():
@@ -206,7 +212,6 @@ def _draw_transfer(axes: Axes, rates: pd.DataFrame, samples: pd.DataFrame) -> No
             line = above.where(rates["requested_mib_s"] > 0)
             axes.plot(rates["time_s"] * 1e3, line, drawstyle="steps-mid", color=color)
         below = above
-    axes.set_ylabel("MiB/s")
     axes.set_ylim(bottom=0)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from migkit.analysis.transfer import over_time, totals
 from migkit.view.style import (
@@ -115,3 +116,5 @@ def _draw_sums(axes: Axes, table: pd.DataFrame) -> None:
     axes.set_yticks(range(len(shown)), shown)
     axes.set_ylim(max(len(shown) - 0.5, 2.5), -0.5)
     axes.set_xlabel("pages")
+    axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
