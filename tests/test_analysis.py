@@ -23,11 +23,9 @@ from migkit.probe import FAULT_DTYPE, ErrorCode, FaultFlag, available
 from migkit.trace.decode import event_dtype
 from migkit.trace.registry import Registry
 from migkit.trace.simpletrace import Trace
+from migkit.view.export import FRAMES
 
 PAGE = 4096
-FRAMES = sorted(
-    set(schema.TABLES) - {"violations", "comparison"}
-)  # those two are returned, not kept
 # The destination may read a fault while its thread still falls asleep: these are not ordered.
 ENGINE_PATH = ("fault", "read", "requested", "received_by_source", "sent", "received", "placed",
                "running")  # fmt: skip

@@ -66,7 +66,7 @@ def distribution_frame(faults: pd.DataFrame) -> pd.DataFrame:
 
     Counts the faults that waited for a page from the source.
     """
-    remote = waited(faults)
+    remote = waited(faults, ["latency_us", "read_ns", "placed_ns"])
     latency = remote["latency_us"].to_numpy(np.float64)
     bucket = _bucket(latency)
     counts = np.bincount(bucket, minlength=BUCKETS)
@@ -98,7 +98,7 @@ def query_migrate(
     ``postcopy-latency`` and ``postcopy-vcpu-latency`` in ns, ``postcopy-latency-dist`` counts.
     All times are those that QEMU measures, from read to placed.
     """
-    remote = waited(faults)
+    remote = waited(faults, ["ts_ns", "latency_us", "tid", "resolution", "read_ns", "placed_ns"])
     remote = remote.assign(ts_ns=remote["read_ns"], latency_us=_engine_us(remote))
     remote = remote.dropna(subset=["ts_ns", "latency_us"]).astype({"ts_ns": "int64"})
     frame = blocktime_frame(remote, end_ns, threads)
@@ -126,7 +126,8 @@ def union(begin: Ints, end: Ints) -> Ints:
 
 def _stopped(faults: pd.DataFrame) -> pd.DataFrame:
     """Return the faults that made a thread stand still, also those whose end is not known."""
-    return faults[faults["latency_us"].notna() | (faults["resolution"] == "unresolved")]
+    stopped = faults["latency_us"].notna() | (faults["resolution"] == "unresolved")
+    return faults.loc[stopped, ["ts_ns", "latency_us", "tid"]]
 
 
 def _waits(faults: pd.DataFrame, end_ns: int) -> tuple[Ints, Ints]:

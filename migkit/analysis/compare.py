@@ -41,8 +41,8 @@ class Group:
         some = tuple(runs) if isinstance(runs, Sequence) else (runs,)
         if not some:
             raise OptionError(f"compare: {name} has no runs")
-        parts = [waited(run.faults)["latency_us"].to_numpy(np.float64) for run in some]
-        return cls(name, some, np.sort(np.concatenate(parts)))
+        parts = [waited(run.faults, ["latency_us"])["latency_us"] for run in some]
+        return cls(name, some, np.sort(np.concatenate(parts)).astype(np.float64))
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ _FIGURES: tuple[tuple[str, str, Callable[[Run], float | None]], ...] = (
     ("post-copy", "ms", lambda run: _source_ms(run, "post-copy", "completion")),
     ("downtime", "ms", lambda run: run.downtime.attrs["total_ms"]),
     ("blocktime", "ms", _blocktime_ms),
-    ("faults that waited", "faults", lambda run: float(len(waited(run.faults)))),
+    ("faults that waited", "faults", lambda run: float(len(waited(run.faults, ["latency_us"])))),
 )
 
 

@@ -21,6 +21,9 @@ STALL_US = 5000.0
 _SAME_WAIT_NS = 200_000
 """A limiter that waits again after so short a time has sent next to nothing in between."""
 
+_COLUMNS = ["ts_ns", "time_s", "block", "page", "tid", "resolution", "outage_us", "requested_ns",
+            "received_by_source_ns", "sent_ns", "received_ns", "placed_ns"]  # fmt: skip
+
 
 def requests_frame(faults: pd.DataFrame, source: Trace) -> pd.DataFrame:
     """Return the requests, one row each; ``schema.describe("requests")``.
@@ -29,11 +32,13 @@ def requests_frame(faults: pd.DataFrame, source: Trace) -> pd.DataFrame:
     its rate limiter, or spun in it, when it had the request and had not sent the page: a source
     that answers past its limiter is not held up by it.
     """
-    asked = faults[faults["requested_ns"].notna() & faults["page"].ge(0)]
+    asked = faults.loc[faults["requested_ns"].notna(), _COLUMNS]
     asked = asked.sort_values("requested_ns", kind="stable")
     one = ["block", "page", "requested_ns"]
-    threads = asked.groupby(one, sort=False)["tid"].transform("nunique")
-    asked = asked.assign(threads=threads).drop_duplicates(one)
+    again = asked.duplicated(one, keep=False)
+    threads = pd.Series(1, asked.index)
+    threads[again] = asked[again].groupby(one, sort=False)["tid"].transform("nunique")
+    asked = asked.assign(threads=threads)[~asked.duplicated(one)]
     begin = asked["requested_ns"].to_numpy(np.int64)
     heard = asked["received_by_source_ns"].fillna(asked["requested_ns"]).to_numpy(np.int64)
     end = asked["sent_ns"].fillna(asked["received_ns"]).fillna(asked["placed_ns"])

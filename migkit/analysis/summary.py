@@ -109,7 +109,8 @@ def summarize(run: Run) -> Summary:
     }
     mine = run.phases[run.phases["side"] == "source"]
     total_ms = float(mine["duration_ms"].sum()) if len(mine) else None
-    remote = latency.waited(faults)["latency_us"]
+    remote = latency.waited(faults, ["latency_us"])["latency_us"]
+    slowest = dict(zip(run.critical_path["at"], run.critical_path["stage"], strict=True))
     counts = faults["resolution"].value_counts(sort=False)
     return Summary(
         status=run.status,
@@ -136,7 +137,7 @@ def summarize(run: Run) -> Summary:
             **{key: _number(float(remote.quantile(q))) for key, q in latency.QUANTILES.items()},
             "max": _number(float(remote.max())),
         },
-        dominating_stage={at: latency.dominating_stage(faults, at) for at in ("p50", "p99")},
+        dominating_stage={at: slowest.get(at) for at in ("p50", "p99")},
         records_lost=run.records_lost,
         errors=tuple(meta.get("errors", ())),
         notices=run.warnings,

@@ -56,7 +56,7 @@ def limiter_waits(run: Analyses) -> Iterator[Finding]:
     trace = run.traces["source"]
     begin, end = trace["migration_rate_limit_pre"], trace["migration_rate_limit_post"]
     count = min(len(begin), len(end))
-    begin, end = np.sort(begin, order="ts_ns")[:count], np.sort(end, order="ts_ns")[:count]
+    begin, end = begin[np.argsort(begin["ts_ns"])][:count], end[np.argsort(end["ts_ns"])][:count]
     waited_ns = end["ts_ns"].astype(np.int64) - begin["ts_ns"].astype(np.int64)
     spins = (begin["ms"] >= 1) & (waited_ns >= 0) & (waited_ns < _SPIN_NS)
     n_spins = int(np.count_nonzero(spins))

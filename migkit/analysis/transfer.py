@@ -28,7 +28,8 @@ def transfer_frame(source: Trace, page_size: int, origin_ns: int) -> pd.DataFram
     """Return what the source sent, a row a run of pages; ``schema.describe("transfer")``."""
     ranges = source["ram_save_range"]
     alone = source["postcopy_preempt_send_host_page"]
-    asked = np.sort(source["migrate_handle_rp_req_pages"], order="ts_ns")
+    asked = source["migrate_handle_rp_req_pages"]
+    asked = asked[np.argsort(asked["ts_ns"], kind="stable")]
     ts, page = _ints(ranges["ts_ns"]), _ints(ranges["offset"]) // page_size
     switch = source["postcopy_start_set_run"]["ts_ns"]
     postcopy = ts >= _ints(switch)[0] if len(switch) else np.zeros(len(ts), np.bool_)

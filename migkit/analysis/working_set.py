@@ -24,7 +24,8 @@ def working_set_frame(
     post-copy only what was missing is seen: pages that came before the guest touched them are
     not in it (with the eBPF probe they are, as minor faults).
     """
-    scans = np.sort(source["migration_bitmap_sync_end"], order="ts_ns")
+    scans = source["migration_bitmap_sync_end"]
+    scans = scans[np.argsort(scans["ts_ns"], kind="stable")]
     end = scans["ts_ns"].astype(np.int64)
     begin = np.concatenate([end[:1], end[:-1]])
     dirty = scans["dirty_pages"].astype(np.int64)

@@ -50,7 +50,7 @@ def plot_fault_latency(run: Run) -> Figure:
     over_time.set_ylabel("time that the guest thread waited")
     over_time.set_xlabel("time since the run's first event (ms)")
     shares.set_xlabel("share of faults (%)")
-    remote = waited(faults)["latency_us"]
+    remote = waited(faults, ["latency_us"])["latency_us"]
     figure.suptitle(_latency_title(remote), x=0.01, ha="left", fontsize=12, fontweight="bold")
     shown = sum(min(n, _MOST_POINTS) for n in faults["resolution"].value_counts())
     few = shown < len(faults)
@@ -127,7 +127,7 @@ def plot_fault_stages(run: Run) -> Figure:
     frame, :func:`~migkit.analysis.latency.stage_breakdown`.
     """
     parts = stage_breakdown(run.faults)
-    count = len(waited(run.faults))
+    count = len(waited(run.faults, ["latency_us"]))
     figure = new_figure(10.5, 4.4)
     absolute, relative = figure.subplots(1, 2, sharey=True, width_ratios=[1.25, 1.0])
     for axes in (absolute, relative):
