@@ -17,6 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from benchmarks import (
+    analysing,
     background,
     breaks,
     bulk,
@@ -36,8 +37,7 @@ from migkit.trace.folder import host_facts
 SUBJECTS = {
     "faults": faults, "background": background, "bulk": bulk, "migrations": migrations,
     "overhead": overhead, "emitting": emitting, "completeness": completeness,
-    "links": links, "breaks": breaks,
-    "reading": reading,
+    "links": links, "breaks": breaks, "reading": reading, "analysing": analysing,
 }  # fmt: skip
 
 _COLUMNS = "{:<35} {:<10} {:>10} {:>10} {:>9} {:>15} {:>8}  {}"

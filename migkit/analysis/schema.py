@@ -224,7 +224,8 @@ def frame(name: str, data: dict[str, object] | None = None) -> pd.DataFrame:
     given = data or {}
     columns = table(name).columns
     return pd.DataFrame(
-        {key: column.make(given.get(key, [])).array for key, column in columns.items()}
+        {key: column.make(given.get(key, [])).array for key, column in columns.items()},
+        copy=False,  # a million faults are 300 MB
     )
 
 
