@@ -50,6 +50,8 @@ def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
                          help="default: what the output's suffix says")  # fmt: skip
     convert.add_argument("--frame", action="append", choices=FRAMES,
                          help="for csv and parquet: write only this table")  # fmt: skip
+    convert.add_argument("--registry", metavar="FILE",
+                         help="for a trace file: QEMU's trace-events file")  # fmt: skip
     convert.set_defaults(command=_convert)
 
     compare = commands.add_parser("compare", help="line runs up: figures, ratios, intervals")
@@ -65,7 +67,10 @@ def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
     events.set_defaults(command=_events)
 
     for command in (show, check, report, convert):
-        command.add_argument("run", help="a run folder, a sample, or a folder with QEMU's logs")
+        text = "a run folder, a sample, or a folder with QEMU's logs"
+        if command is convert:
+            text += "; or one simpletrace file, of any size, to Parquet"
+        command.add_argument("run", help=text)
     convert.add_argument("output", help="a file, or for csv and parquet a folder")
     return [show, check, report, convert, compare, events]
 
@@ -195,6 +200,8 @@ def _convert(options: argparse.Namespace) -> int:
     if kind is None:
         known = ", ".join(_SUFFIXES)
         raise OptionError(f"{output}: name a format with --to, or a file that ends in {known}")
+    if Path(options.run).is_file():
+        return _convert_trace(Path(options.run), output, kind, options)
     tables = kind in ("csv", "parquet")
     if options.frame and not tables:
         raise OptionError(f"--frame is for csv and parquet; {kind} has all of the run")
@@ -210,6 +217,28 @@ def _convert(options: argparse.Namespace) -> int:
         return _written(export.table(options.frame[0], output), as_json=options.json)
     written = getattr(export, kind)(output, options.frame or FRAMES)
     return _written(*written.values(), as_json=options.json)
+
+
+def _convert_trace(trace: Path, output: Path, kind: str, options: argparse.Namespace) -> int:
+    """Write the events of one simpletrace file, of any size, as Parquet."""
+    from tqdm import tqdm  # noqa: PLC0415
+
+    from migkit.analysis.parquet import write_events  # noqa: PLC0415
+    from migkit.trace.registry import Registry  # noqa: PLC0415
+
+    if kind != "parquet" or options.frame not in (None, ["events"]):
+        raise OptionError(
+            f"{trace} is one trace file: its events can be written as Parquet; other tables and "
+            "formats take a whole run, its folder"
+        )
+    side = "destination" if "dest" in trace.name or "dst" in trace.name else "source"
+    registry = Registry.load(options.registry) if options.registry else None
+    with closing(tqdm(unit="event", unit_scale=True, disable=None, leave=False)) as bar:
+        try:
+            write_events({side: trace}, output, registry, progress=bar.update)
+        except OSError as error:
+            raise OptionError(f"{output}: {error.strerror or error}") from error
+    return _written(output, as_json=options.json)
 
 
 def _written(*paths: Path, as_json: bool) -> int:

@@ -145,6 +145,20 @@ def test_convert_explains_a_wrong_call(migkit, plain_run, arguments, said):
     assert err.count("\n") == 1
 
 
+def test_convert_takes_one_trace_file(migkit, plain_run, tmp_path):
+    code, out, err = migkit("convert", plain_run.path / "source.trace", "source.parquet")
+    assert (code, out, err) == (0, "written      source.parquet\n", "")
+    events = pd.read_parquet(tmp_path / "source.parquet")
+    assert len(events) == plain_run.traces["source"].n_records
+    assert set(events["process"]) == {"source"}
+    code, _, err = migkit("convert", plain_run.path / "source.trace", "source.pftrace")
+    assert code == 2
+    assert "its events can be written as Parquet" in err
+    code, _, err = migkit("convert", plain_run.path / "meta.json", "x.parquet")
+    assert code == 1
+    assert "offset 0" in err
+
+
 def test_show_prints_any_table(migkit, plain_run):
     code, out, _ = migkit("show", plain_run.path, "--frame", "faults", "--json")
     assert code == 0

@@ -173,7 +173,7 @@ class Run(Analyses):
 
     @property
     def plot(self) -> Plots:
-        """The plots: ``run.plot.timeline()``, ``.fault_latency()``, ``.fault_stages()``."""
+        """The plots, by the names in :data:`migkit.view.PLOTS`: ``run.plot.timeline()``, ..."""
         from migkit.view.plots import Plots  # noqa: PLC0415 — matplotlib only for who plots
 
         return Plots(self)
