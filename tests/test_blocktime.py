@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from migkit.analysis import schema
@@ -91,6 +91,7 @@ def test_qemus_figures_are_from_the_reading_to_the_placing():
     assert reported["postcopy-latency-dist"] == [0] * 10 + [1, 1] + [0] * 12  # 2000, 4000 us
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.floats(0, 2e8), max_size=30))
 def test_a_bucket_is_the_highest_bit_of_whole_microseconds(latencies):
     distribution = distribution_frame(faults(*((1, 0, us) for us in latencies)))
@@ -112,6 +113,7 @@ def test_the_union_covers_what_any_span_covers(spans):
     assert (merged[1:, 0] > merged[:-1, 1]).all()
 
 
+@settings(max_examples=40, deadline=None)
 @given(SPANS, SPANS)
 def test_all_stand_still_when_each_does(first, second):
     waits = [(1, b, n) for b, n in first] + [(2, b, n) for b, n in second]

@@ -97,6 +97,12 @@ def test_placed_pages_are_divided_into_requested_and_unasked(samples):
     )
 
 
+def test_samples_are_compared_by_their_names(samples):
+    comparison = migkit.compare(samples["qemu-11.1-plain"], samples["qemu-11.1-rate-limited"])
+    rows = comparison.frame.set_index(["run", "figure"])
+    assert rows.loc[("qemu-11.1-rate-limited", "fault latency p99"), "low"] > 2
+
+
 def test_the_assertions_work_on_a_qemus_run(samples):
     run = samples["qemu-7.2-preempt"]
     assert_no_violations(run)

@@ -82,12 +82,12 @@ def test_a_folder_of_qemus_logs_is_a_run(migkit, tmp_path):
     assert err == f"migkit: {Path('logs/source.log.xz')}: there is no trace of the destination\n"
 
 
-def test_report_is_one_file(migkit, plain_run, tmp_path):
-    code, out, _ = migkit("report", plain_run.path)
+def test_report_is_one_file(migkit, cancelled_run, tmp_path):
+    code, out, _ = migkit("report", cancelled_run.path)
     assert (code, out) == (0, "written      report.html\n")
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
     assert (tmp_path / "report.html").read_text().startswith("<!DOCTYPE html>")
-    code, _, err = migkit("report", plain_run.path, "-o", "no/such/report.html")
+    code, _, err = migkit("report", cancelled_run.path, "-o", "no/such/report.html")
     assert code == 2
     assert "No such file" in err
 
@@ -112,11 +112,9 @@ def test_compare_prints_a_table_and_draws(migkit, plain_run, recovered_run, tmp_
     ("arguments", "files"),
     [
         (["run.pftrace"], ["run.pftrace"]),
-        (["run", "--to", "perfetto"], ["run"]),
-        (["page.html"], ["page.html"]),
         (["faults.parquet", "--frame", "faults"], ["faults.parquet"]),
         (["phases.csv", "--frame", "phases"], ["phases.csv"]),
-        (["all", "--to", "csv"], [f"all/{name}.csv" for name in FRAMES]),
+        (["all", "--to", "parquet"], [f"all/{name}.parquet" for name in FRAMES]),
         (["some", "--to", "parquet", "--frame", "faults", "--frame", "states"],
          ["some/faults.parquet", "some/states.parquet"]),
     ],
@@ -136,6 +134,7 @@ def test_convert_writes_what_is_asked_for(migkit, plain_run, tmp_path, arguments
         (["run.csv"], "choose its table with --frame"),
         (["run.pftrace", "--frame", "faults"], "--frame is for csv and parquet"),
         (["no/x.csv", "--frame", "faults"], "no/x.csv"),
+        (["no/page.html"], "no/page.html: No such file"),
     ],
 )
 def test_convert_explains_a_wrong_call(migkit, plain_run, arguments, said):

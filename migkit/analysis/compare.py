@@ -103,13 +103,20 @@ def compare(*runs: Run | Sequence[Run], names: Sequence[str] | None = None) -> C
 
 
 def _names(runs: Sequence[Run | Sequence[Run]]) -> list[str]:
-    """Name groups by their first run's folder; the same name twice gets a number."""
+    """Name groups by their first run; the same name twice gets a number."""
     names: list[str] = []
     for number, some in enumerate(runs, 1):
         first = next(iter(some), None) if isinstance(some, Sequence) else some
-        name = first.path.name if first is not None else f"run {number}"
+        name = _name(first) if first is not None else f"run {number}"
         names.append(f"{name} ({number})" if name in names else name)
     return names
+
+
+def _name(run: Run) -> str:
+    """Return a run's name: a sample's, or its folder's."""
+    if sample := run.meta.get("sample"):
+        return str(sample["name"])
+    return run.path.resolve().name if run.path.is_dir() else run.path.resolve().parent.name
 
 
 def _source_ms(run: Run, *phases: str) -> float | None:

@@ -18,7 +18,7 @@ def rounds_frame(phases: pd.DataFrame) -> pd.DataFrame:
     # What a round left dirty is what the next phase began with: the next round, or a last scan.
     left = mine["dirty_pages"].shift(-1)[is_round].astype("Int64")
     seconds = rounds["duration_ms"].replace(0.0, np.nan) / 1e3
-    begun = rounds["dirty_pages"].astype("Float64")
+    begun = rounds["dirty_pages"].astype("Float64").mask(rounds["dirty_pages"] == 0)
     return schema.frame(
         "rounds",
         {

@@ -47,7 +47,8 @@ class Section:
 def write_report(run: Run, path: str | os.PathLike[str]) -> None:
     """Write a run's report; OptionError if the file cannot be written."""
     try:
-        Path(path).write_text(report(run), encoding="utf-8")
+        with Path(path).open("w", encoding="utf-8") as file:  # first: a report takes seconds
+            file.write(report(run))
     except OSError as error:
         raise OptionError(f"{path}: {error.strerror}") from error
 
