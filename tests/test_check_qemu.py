@@ -88,6 +88,15 @@ def test_requests_that_the_limiter_held_up_waited_for_most_of_its_period(samples
     assert not samples["qemu-7.2-preempt"].requests["stalled"].any()
 
 
+def test_the_plot_of_requests_says_how_many_the_limiter_held_up(samples):
+    figure = samples["qemu-11.1-rate-limited"].plot.requests()
+    assert "the rate limiter held 77 up, one for 91.9 ms" in figure.get_suptitle()
+    labels = figure.axes[0].get_legend_handles_labels()[1]
+    assert "the source is limited" in labels
+    assert "stalled: held up by the rate limiter for 5 ms or more (77)" in labels
+    assert "held none up" in samples["qemu-7.2-preempt"].plot.requests().get_suptitle()
+
+
 def test_placed_pages_are_divided_into_requested_and_unasked(samples):
     run = samples["qemu-11.1-plain"]
     pages = run.transfer.groupby("how", observed=True)["pages"].sum()

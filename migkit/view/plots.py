@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from migkit.view.blocktime import plot_blocktime
 from migkit.view.downtime import plot_downtime
 from migkit.view.latency import plot_fault_latency, plot_fault_stages
+from migkit.view.requests import plot_requests
 from migkit.view.timeline import plot_timeline
 from migkit.view.transfer import plot_transfer
 from migkit.view.working_set import plot_working_set
@@ -43,6 +44,10 @@ class Plots:
     def blocktime(self) -> Figure:
         """Draw how long the guest stood still on faults, in QEMU's buckets and over time."""
         return plot_blocktime(self._run)
+
+    def requests(self) -> Figure:
+        """Draw how long each request waited, and when the source was limited."""
+        return plot_requests(self._run)
 
     def transfer(self) -> Figure:
         """Draw what was sent over time, and how the pages came."""

@@ -203,8 +203,12 @@ _SECTIONS = (
     ),
     Section(
         "Transfer", "How the pages came, and when.", "transfer",
-        (("Pages by how they came", lambda run: totals(run.transfer)),
-         ("Requests", _request_figures)),
+        (("Pages by how they came", lambda run: totals(run.transfer)),),
+    ),
+    Section(
+        "Requests", "Which requests were for nothing, and which the rate limiter held up.",
+        "requests",
+        (("What became of the requests", _request_figures),),
     ),
     Section(
         "Working set", "What the guest wrote between scans, and what it missed in post-copy.",
