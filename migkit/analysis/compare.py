@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _DRAWS = 4000
 _CONFIDENCE = (2.5, 97.5)
+_CELL = ["value", "ratio", "low", "high"]
 _QUANTILES = {"fault latency p50": 0.5, "fault latency p90": 0.9, "fault latency p99": 0.99}
 
 
@@ -61,10 +62,18 @@ class Comparison:
 
     def __str__(self) -> str:
         """Return a table for a terminal."""
-        lines = [f"{'':24}" + "".join(f"{group.name:>28}" for group in self.groups)]
-        for (figure, unit), rows in self.frame.groupby(["figure", "unit"], sort=False):
-            cells = [_cell(*row) for row in rows[["value", "ratio", "low", "high"]].to_numpy()]
-            lines.append(f"{f'{figure}, {unit}':24}" + "".join(f"{cell:>28}" for cell in cells))
+        rows = {
+            f"{figure}, {unit}": [_cell(*cell) for cell in some[_CELL].to_numpy()]
+            for (figure, unit), some in self.frame.groupby(["figure", "unit"], sort=False)
+        }
+        columns = [[group.name, *cells] for group, cells in
+                   zip(self.groups, zip(*rows.values(), strict=True), strict=True)]  # fmt: skip
+        widths = [max(len(cell) for cell in column) for column in columns]
+        first = max(len(name) for name in rows)
+        lines = []
+        for name, *cells in zip(["", *rows], *columns, strict=True):
+            texts = [f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)]
+            lines.append("  ".join([f"{name:<{first}}", *texts]))
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:

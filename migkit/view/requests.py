@@ -63,8 +63,9 @@ def plot_requests(run: Run) -> Figure:
     for name, (color, marker, label) in _STYLES.items():
         mine = shown[kind == name]
         if len(mine):
+            size = 40 if name == "stalled" else 16
             axes.scatter(
-                mine["time_s"] * 1e3, mine["wait_us"], s=40 if name == "stalled" else 16, color=color, marker=marker,
+                mine["time_s"] * 1e3, mine["wait_us"], s=size, color=color, marker=marker,
                 linewidth=0, label=f"{label} ({len(mine):,})", zorder=3, rasterized=True,
             )  # fmt: skip
     axes.set_yscale("log")
