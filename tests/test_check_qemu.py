@@ -81,6 +81,12 @@ def test_our_blocktime_is_the_reported_one_and_our_buckets_are_nearly_theirs(sam
     assert whole_ms >= reported["postcopy-blocktime"] > reported["postcopy-vcpu-blocktime"][0]
 
 
+def test_a_qemu_says_which_threads_are_vcpus(samples):
+    run = samples["qemu-11.1-plain"]
+    assert run.vcpus == run.blocktime["tid"].dropna().tolist() == [24381]
+    assert samples["qemu-7.2-preempt"].vcpus is None
+
+
 def test_requests_that_the_limiter_held_up_waited_for_most_of_its_period(samples):
     stalled = samples["qemu-11.1-rate-limited"].requests.query("stalled")
     assert stalled["limited_us"].max() > 80_000

@@ -144,7 +144,7 @@ class Analyses(abc.ABC):
     def blocktime(self) -> pd.DataFrame:
         """How long each thread stood still on faults, and all at once."""
         self.need("postcopy_ram_fault_thread_request")
-        return blocktime.blocktime_frame(self.faults, self.end_ns)
+        return blocktime.blocktime_frame(self.faults, self.end_ns, self.vcpus)
 
     @cached_property
     def latency_distribution(self) -> pd.DataFrame:
@@ -154,7 +154,16 @@ class Analyses(abc.ABC):
 
     def query_blocktime(self) -> dict[str, Any]:
         """Return blocktime and latencies in the names and units of QEMU's query-migrate."""
-        return blocktime.query_migrate(self.faults, self.end_ns)
+        return blocktime.query_migrate(self.faults, self.end_ns, self.vcpus)
+
+    @property
+    def vcpus(self) -> list[int] | None:
+        """The threads that are vCPUs, where QEMU tells; None for all that faulted."""
+        known = self.traces["destination"].events.get("postcopy_blocktime_tid_cpu_map")
+        if known is None:
+            return None
+        [name] = (known.dtype.names or ())[4:]  # after ts_ns, tid, seq and cpu
+        return [int(tid) for tid in known[name].tolist()]
 
     def page(self, number: int) -> pd.DataFrame:
         """Return everything that happened to a host page: a part of the frame ``events``."""

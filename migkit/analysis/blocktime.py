@@ -54,11 +54,12 @@ def blocktime_frame(
     return schema.frame("blocktime", {c: [row[i] for row in rows] for i, c in enumerate(columns)})
 
 
-def standstill(faults: pd.DataFrame, end_ns: int) -> Ints:
-    """Return when all threads that faulted stood still at once, (n, 2) int64, ns, by time."""
+def standstill(faults: pd.DataFrame, end_ns: int, threads: Iterable[int] | None = None) -> Ints:
+    """Return when all threads stood still at once, (n, 2) int64, ns, by time."""
     stopped = _stopped(faults)
-    by_thread = stopped.groupby("tid", sort=True)
-    return _all_at_once([union(*_waits(mine, end_ns)) for _, mine in by_thread])
+    tids = sorted(set(stopped["tid"].tolist()) if threads is None else threads)
+    waits = [_waits(stopped[stopped["tid"] == tid], end_ns) for tid in tids]
+    return _all_at_once([union(*mine) for mine in waits])
 
 
 def distribution_frame(faults: pd.DataFrame) -> pd.DataFrame:

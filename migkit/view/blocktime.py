@@ -87,7 +87,7 @@ def _draw_buckets(axes: Axes, buckets: pd.DataFrame) -> None:
 
 def _draw_course(axes: Axes, run: Run) -> None:
     """Draw how the time lost adds up."""
-    spans = standstill(run.faults, run.end_ns)
+    spans = standstill(run.faults, run.end_ns, run.vcpus)
     lost_ms = np.cumsum(spans[:, 1] - spans[:, 0]) / 1e6
     times = (spans - run.origin_ns).reshape(-1) / 1e6
     heights = np.stack([np.concatenate([[0.0], lost_ms[:-1]]), lost_ms], axis=1).reshape(-1)
