@@ -26,7 +26,7 @@ from migkit.migration.session import Session
 from migkit.migration.states import Status
 
 HUGE = 2 << 20
-_MOST_MEMORY = 256 << 20
+_MOST_MEMORY = 64 << 20
 _MOST_GROWTH = 8 << 20  # bytes of anonymous memory, from a tenth of the way to the end
 
 
