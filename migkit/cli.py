@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return 0, 1 when something failed, 2 when the call was wrong."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    warnings.showwarning = _print_warning
+    warnings.formatwarning = _format_warning
     try:
         code: int = options.command(options)
     except OptionError as error:
@@ -40,9 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
-def _print_warning(message: Warning | str, *_: object, **__: object) -> None:
-    """Print a warning as the errors are printed: for who calls, not with a line of ours."""
-    print(f"migkit: {message}", file=sys.stderr)
+def _format_warning(message: Warning | str, *_: object, **__: object) -> str:
+    """Return a warning as the errors are printed: for who calls, without a line of our code."""
+    return f"migkit: {message}\n"
 
 
 def _parser() -> argparse.ArgumentParser:
