@@ -23,7 +23,7 @@ def test_the_conda_environment_has_exactly_the_dependencies_of_the_package():
     [pip] = [entry["pip"] for entry in listed if not isinstance(entry, str)]
     conda = {entry for entry in listed if isinstance(entry, str)}
     assert conda | set(pip) == wanted | {python, "pip", "-e ."}
-    assert set(pip) == {"perfetto>=0.16", "-e ."}  # what conda-forge does not have
+    assert set(pip) == {"perfetto>=0.16", "-e ."}  # what comes from PyPI
 
 
 def test_make_alone_lists_every_target():
