@@ -70,3 +70,14 @@ def test_pongs_of_pings_that_were_overtaken_confirm_all_before_them():
     assert window.has_room(3 * BATCH + BATCH // 2)
     window.confirm(values[0], 1.1)  # of no consequence
     assert window.has_room(3 * BATCH)
+
+
+def test_what_others_send_on_the_channel_is_followed_by_a_ping_when_it_fills_the_window():
+    window = Window(0, 2 * BATCH)
+    window.begin(0, 0.0)
+    assert not window.has_room(8 * BATCH)
+    assert window.ping_due(8 * BATCH)
+    value = window.ping(8 * BATCH, 0.0)
+    assert not window.ping_due(8 * BATCH)
+    window.confirm(value, 0.001)
+    assert window.has_room(8 * BATCH)

@@ -47,17 +47,33 @@ class Background:
         self._window.confirm(value, time.monotonic())
 
     def _send_some(self) -> None:
-        supply, out, window = self._supply, self._out, self._window
-        most = int(min(window.bytes / 2, 1 << 40)) // supply.ram.page_size
+        supply, out = self._supply, self._out
+        most = int(min(self._window.bytes / 2, 1 << 40)) // supply.ram.page_size
         batch = supply.next_batch(max(1, most))
         if batch is None:
             return
         supply.cursor = int(batch[-1]) + 1
         out.await_turn(self._limiter)  # a request moves the cursor behind its page
-        out.wait_for(lambda: window.has_room(out.main.queued_bytes), "an answer to PING")
+        self._await_room()
         batch = batch[supply.dirty[batch]]  # requests may have taken some
         if not len(batch):
             return
         supply.send(batch, self._limiter, Counter.BACKGROUND_PAGES)
-        if window.ping_due(out.main.queued_bytes):
-            out.ping(window.ping(out.main.queued_bytes, time.monotonic()))
+        self._ping_if_due()
+
+    def _await_room(self) -> None:
+        out, window = self._out, self._window
+        while not window.has_room(out.main.queued_bytes):
+            # Requested pages, if they have no channel of their own, are under way as well.
+            self._ping_if_due()
+            out.wait_for(
+                lambda: (
+                    window.has_room(out.main.queued_bytes) or window.ping_due(out.main.queued_bytes)
+                ),
+                "an answer to PING",
+            )
+
+    def _ping_if_due(self) -> None:
+        main, window = self._out.main, self._window
+        if window.ping_due(main.queued_bytes):
+            self._out.ping(window.ping(main.queued_bytes, time.monotonic()))
