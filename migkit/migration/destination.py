@@ -386,6 +386,7 @@ class Destination(Engine):
         if self._rp_open:
             self._reply(Message.SHUT, return_path.shut(0))
             self._drain()
+        self.server.account()  # who hears that we have completed finds the counters complete
         if before != Status.COMPLETED:
             self.state.set(before, Status.COMPLETED)
             self.trace.process_incoming_migration_co_end(0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -267,35 +267,38 @@ class FaultServer:
         A guest waits while a fault is served, so this is done when nobody does.
         """
         counters, trace, name, size = self._counters, self._trace, self._name, self._size
-        if self._faults:
-            page, tid, read, asked = np.array(self._faults).T
-            self._faults.clear()
-            counters[Counter.FAULTS] += len(page)
-            address = self._base + page * size
-            trace.many(
-                "postcopy_ram_fault_thread_request", address, name, page * size, tid, ts=read
-            )
-            new = asked > 0
-            self._under_way += int(np.count_nonzero(new))
-            under_way = self._under_way
-            trace.many("postcopy_page_req_add", address[new], under_way, ts=asked[new])
-            asked = asked[new]
-            trace.many("migrate_send_rp_message", np.full(len(asked), _REQ_PAGES), 12, ts=asked)
-        if self._answers:
-            page, received, placed, channel, kind = np.array(self._answers).T
-            self._answers.clear()
-            counters[Counter.REQUESTED_PAGES] += len(page)
-            counters[Counter.ZERO_PAGES] += int(kind.sum())
-            self._under_way -= len(page)
-            at = page * size
-            trace.many("postcopy_request_received", name, at, channel, ts=received)
-            trace.many("postcopy_request_placed", name, at, kind, ts=placed)
-            trace.many("postcopy_page_req_del", self._base + at, self._under_way, ts=placed)
-            if self._traces_pages:
-                for zero in (0, 1):
-                    some = kind == zero
-                    self._trace_pages(at[some], channel[some], zero, received[some], placed[some])
+        page, tid, read, asked = _columns(self._faults, 4)
+        answered, received, placed, channel, kind = _columns(self._answers, 5)
+        self._faults.clear()
+        self._answers.clear()
+        counters[Counter.FAULTS] += len(page)
+        counters[Counter.REQUESTED_PAGES] += len(answered)
+        counters[Counter.ZERO_PAGES] += int(kind.sum())
+
+        new = asked > 0
+        address, offset, at = self._base + page * size, page * size, answered * size
+        added, deleted = self._count_under_way(asked[new], placed)
+        trace.many("postcopy_ram_fault_thread_request", address, name, offset, tid, ts=read)
+        trace.many("postcopy_page_req_add", address[new], added, ts=asked[new])
+        kinds = np.full(len(added), _REQ_PAGES)
+        trace.many("migrate_send_rp_message", kinds, 12, ts=asked[new])
+        trace.many("postcopy_request_received", name, at, channel, ts=received)
+        trace.many("postcopy_request_placed", name, at, kind, ts=placed)
+        trace.many("postcopy_page_req_del", self._base + at, deleted, ts=placed)
+        if self._traces_pages:
+            for zero in (0, 1):
+                some = kind == zero
+                self._trace_pages(at[some], channel[some], zero, received[some], placed[some])
         counters[Counter.OUTSTANDING] = max(self._under_way, 0)
+
+    def _count_under_way(self, asked: Numbers, placed: Numbers) -> tuple[Numbers, Numbers]:
+        """Return how many requests were under way after each of these times."""
+        order = np.argsort(np.concatenate((asked, placed)), kind="stable")
+        change = np.repeat((1, -1), (len(asked), len(placed)))
+        counts = np.empty(len(order), np.int64)
+        counts[order] = self._under_way + np.cumsum(change[order])
+        self._under_way += len(asked) - len(placed)
+        return counts[: len(asked)], counts[len(asked) :]
 
     def _trace_pages(
         self, offsets: Numbers, channel: Column, kind: int, received: Column, placed: Column
@@ -305,6 +308,10 @@ class FaultServer:
         trace.many("ram_load_postcopy_loop", channel, offsets, flags, ts=received)
         event = "postcopy_place_page_zero" if kind else "postcopy_place_page"
         trace.many(event, self._base + offsets, ts=placed)
+
+
+def _columns(rows: Sequence[tuple[int, ...]], n_columns: int) -> Numbers:
+    return np.array(rows, np.int64).reshape(-1, n_columns).T
 
 
 def _addresses(numbers: Numbers, pages: Pages) -> Iterator[tuple[int, int]]:
