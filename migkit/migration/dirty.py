@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import numpy.typing as npt
 
 from migkit.kernel.pagemap import Category, Pagemap
 from migkit.kernel.userfaultfd import Register
-from migkit.migration.engine import GuestParts
+from migkit.migration.engine import Deadline, GuestParts
 from migkit.migration.framing import runs_of
+
+_BUSY_S = 10.0  # how long a guest may take to give memory back
+_RETRY_S = 0.0001
 
 
 class DirtyLog:
@@ -24,7 +29,18 @@ class DirtyLog:
         """Begin: from now on every write is remembered."""
         guest = self._guest
         guest.uffd.register(guest.address, guest.ram.size, Register.WP)
-        guest.uffd.write_protect(guest.address, guest.ram.size)
+        deadline = Deadline(_BUSY_S)
+        while not self._protect():  # the guest is giving memory back, and waits for us
+            self.read_removals()
+            time.sleep(_RETRY_S)
+            deadline.check("the end of a REMOVE")
+
+    def _protect(self) -> bool:
+        try:
+            self._guest.uffd.write_protect(self._guest.address, self._guest.ram.size)
+        except BlockingIOError:
+            return False
+        return True
 
     def read_removals(self) -> None:
         """Read which memory the guest gives back (REMOVE): it waits until that is read.
