@@ -12,8 +12,8 @@ from nbconvert import MarkdownExporter
 _INTRODUCTION = """\
 # The course
 
-These lessons are notebooks. `make lab` opens them in JupyterLab, where every cell can be changed and
-run again: that is how they are meant to be read. Here they are without their results.
+These lessons are notebooks. `make lab` opens them in JupyterLab, where every cell can be changed
+and run again: that is how they are meant to be read. Here they are without their results.
 
 | lesson | what it teaches | minutes |
 |---|---|---|

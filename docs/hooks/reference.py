@@ -38,8 +38,8 @@ def _commands() -> str:
     parts = [
         "# Command line",
         (
-            "Every command takes `--json`. The exit code is 0, 1 when something failed (a migration, a "
-            "rule), 2 when the call was wrong, and 130 after Ctrl-C."
+            "Every command takes `--json`. The exit code is 0, 1 when something failed "
+            "(a migration, a rule), 2 when the call was wrong, and 130 after Ctrl-C."
         ),
     ]
     for action in parser._actions:
@@ -56,11 +56,15 @@ def _arguments(command: argparse.ArgumentParser) -> str:
     rows = []
     for action in command._actions:
         names = " ".join(_code(name) for name in action.option_strings)
-        value = "|".join(map(str, action.choices)) if action.choices else action.metavar
+        value = "|".join(action.choices) if action.choices else action.metavar
         if not names:
             names, value = _code(str(action.metavar or action.dest)), ""
+        elif action.nargs == 0:
+            value = ""
+        elif not value:
+            value = action.dest.upper()
         text = (action.help or "").replace("%%", "%")
-        rows.append((names, _code(str(value)) if value and action.nargs != 0 else "", text))
+        rows.append((names, _code(str(value)) if value else "", text))
     return _table(("argument", "value", "meaning"), rows)
 
 
@@ -74,7 +78,7 @@ def _options() -> str:
         if isinstance(default, bool):
             default = "on" if default else "off"
         elif isinstance(default, tuple):
-            default = ",".join(default)
+            default = ", ".join(default)
         text = _sentence(field.metadata["help"])
         if choices := field.metadata["choices"]:
             text += " One of " + ", ".join(_code(choice) for choice in choices) + "."
@@ -84,7 +88,7 @@ def _options() -> str:
              _code(qemu) if qemu else "", text)
         )  # fmt: skip
     return "\n\n".join((
-        "# Options of a migration",
+        "# Options of a migration\n\n[](){#migkit.migration.options.Options}",
         ("`migkit.run` and `migkit.Migration` take them as keywords, `migkit run` as `--name` with "
         "hyphens. Sizes are numbers of bytes or texts as `256MiB`. `migkit.Migration` begins "
         "post-copy by hand: there `postcopy` is `manual` unless you say otherwise."),
@@ -99,9 +103,10 @@ def _tables() -> str:
     parts = [
         "# Tables",
         (
-            "What each table's rows and columns are. This page and the check that every table passes "
-            "are made from the same list; in Python `migkit.analysis.schema.describe(name)` prints it. "
-            "All times are `CLOCK_MONOTONIC` in ns, and a column's name ends in its unit."
+            "What each table's rows and columns are. This page and the check that every table "
+            "passes are made from the same list; in Python "
+            "`migkit.analysis.schema.describe(name)` prints it. All times are `CLOCK_MONOTONIC` "
+            "in ns, and a column's name ends in its unit."
         ),
     ]
     for name, table in schema.TABLES.items():
@@ -124,9 +129,9 @@ def _events() -> str:
     parts = [
         "# Trace events",
         (
-            f"migkit's registry has {len(registry)} events. Their names and arguments are QEMU's where "
-            "QEMU has the event. The option `trace` chooses by name, by glob or by group; on unless "
-            f"you say otherwise: {', '.join(_code(group) for group in DEFAULT_PATTERNS)}. "
+            f"migkit's registry has {len(registry)} events. Their names and arguments are QEMU's "
+            "where QEMU has the event. The option `trace` chooses by name, by glob or by group; on "
+            f"unless you say otherwise: {', '.join(_code(group) for group in DEFAULT_PATTERNS)}. "
             "`migkit events PATTERN` lists them in a shell. "
             "How to record and read them: [Trace events](../how-to/trace.md)."
         ),
@@ -143,9 +148,10 @@ def _events() -> str:
 def _event_table(events: Iterable[Event]) -> str:
     rows = []
     for event in events:
-        arguments = ", ".join(_code(f"{arg.ctype} {arg.name}") for arg in event.args)
-        rows.append((_code(event.name), arguments, escape(event.doc, quote=False)))
-    return _table(("event", "arguments", "when"), rows)
+        arguments = [_code(f"{arg.ctype} {arg.name}".replace("* ", "*")) for arg in event.args]
+        cell = "<br>".join([f"**{_code(event.name)}**", ", ".join(arguments)])
+        rows.append((cell, escape(event.doc, quote=False)))
+    return _table(("event and arguments", "when"), rows)
 
 
 # The states.
@@ -155,8 +161,8 @@ def _states() -> str:
     parts = [
         "# States of a migration",
         (
-            "The states are those of QEMU 10.2 without `wait-unplug`. A step is a compare-and-set: it "
-            "succeeds only from the state that it expects, and only then is it traced "
+            "The states are those of QEMU 10.2 without `wait-unplug`. A step is a compare-and-set: "
+            "it succeeds only from the state that it expects, and only then is it traced "
             "(`migrate_set_state`) and announced. Both figures and tables are made from "
             "`migkit.migration.states`; a step that is not there is a bug and raises."
         ),

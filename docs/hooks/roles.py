@@ -17,14 +17,20 @@ class Roles(griffe.Extension):
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         """Rewrite one object's docstring."""
         if obj.docstring:
-            text = _ROLE.sub(_link, obj.docstring.value)
+            home = obj if obj.is_class or obj.parent is None else obj.parent
+            text = _ROLE.sub(lambda match: _link(match, home.path), obj.docstring.value)
             obj.docstring.value = _LITERAL.sub(_introduction, text)
 
 
-def _link(match: re.Match[str]) -> str:
-    """Return a link to what the reference has, plain code to what it does not."""
+def _link(match: re.Match[str], home: str) -> str:
+    """Return a link to what the reference has, plain code to what it does not.
+
+    A name without its module is that of an error, or of a neighbour.
+    """
     short, name = match[1], match[2]
     text = name.rpartition(".")[2] if short else name
+    if not name.startswith("migkit."):
+        name = f"{'migkit.errors' if name.endswith('Error') else home}.{name}"
     return f'<autoref identifier="{name}" optional><code>{text}</code></autoref>'
 
 
