@@ -8,7 +8,7 @@ RUNS ?= 2000000
 MINUTES ?= 10
 TORTURE_ARGS ?=
 .DEFAULT_GOAL := help
-.PHONY: help demo lab test lint bench soak torture fuzz setup clean FORCE
+.PHONY: help demo lab test lint docs bench soak torture fuzz setup clean FORCE
 .PRECIOUS: $(STAMP) # interrupted, make would delete it, and with it that set-up is unfinished
 
 help: ## List what can be made
@@ -28,6 +28,13 @@ lint: $(STAMP) ## Check style (ruff) and types (mypy --strict)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
+
+# The theme's makers advertise their next project on every build, unless told not to.
+docs: $(STAMP) ## Build the documentation into build/docs, without any warning
+	$(PYTHON) -c 'import mkdocs, material, mkdocstrings' 2>/dev/null || \
+	  $(PYTHON) -m pip install -q --disable-pip-version-check -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --clean
+	@echo "Open build/docs/index.html"
 
 bench: $(STAMP) ## Measure the engine against a C floor (BENCH_ARGS=...)
 	$(PYTHON) -m benchmarks $(BENCH_ARGS)
