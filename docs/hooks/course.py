@@ -44,6 +44,8 @@ def _page(path: Path) -> str:
     """Return a notebook as Markdown; links to other notebooks lead to their pages."""
     text, _ = MarkdownExporter().from_filename(str(path))
     text = re.sub(r"\]\((?:\./)?(\w+)\.ipynb", r"](\1.md", text)
+    # Exercises have no page: they are of use only where they run.
+    text = re.sub(r"\[([^]]+)\]\((?:exercises|solutions)[^)]*\)", r"\1", text)
     heading, _, rest = text.strip().partition("\n")
     return f"{heading}\n\n{_NOTE.format(name=path.name)}\n{rest}\n"
 
