@@ -31,10 +31,10 @@ lint: $(STAMP) ## Check style (ruff) and types (mypy --strict)
 
 # The theme's makers advertise their next project on every build, unless told not to.
 docs: $(STAMP) ## Build the documentation into build/docs, without any warning
-	$(PYTHON) -c 'import mkdocs, material, mkdocstrings' 2>/dev/null || \
+	$(PYTHON) -c 'import axe_playwright_python, material, mkdocstrings' 2>/dev/null || \
 	  $(PYTHON) -m pip install -q --disable-pip-version-check -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --clean
-	@echo "Open build/docs/index.html"
+	@echo "Open build/docs/index.html; for its search: python3 -m http.server -d build/docs"
 
 bench: $(STAMP) ## Measure the engine against a C floor (BENCH_ARGS=...)
 	$(PYTHON) -m benchmarks $(BENCH_ARGS)

@@ -1,5 +1,6 @@
 """What the documentation shows as code is run as it stands, with smaller guests."""
 
+import io
 import lzma
 import re
 import shlex
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 import pytest
+from matplotlib.figure import Figure
 
 from migkit import cli
 from migkit.migration.session import Session
@@ -46,8 +48,17 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.fixture(scope="session")
+def fonts():
+    """Matplotlib keeps the fonts open that it has once drawn with."""
+    figure = Figure()
+    figure.text(0, 0, "plain $x$")
+    figure.text(0, 0, "bold", weight="bold")
+    figure.savefig(io.BytesIO())
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-@pytest.mark.usefixtures("nothing_left", "folder")
+@pytest.mark.usefixtures("fonts", "nothing_left", "folder")
 def test_the_code_of_a_page_runs(page, monkeypatch):
     monkeypatch.setattr(Session, "_start_probe", lambda _: None)  # it takes seconds to attach
     names = {"__name__": "page"}

@@ -88,7 +88,7 @@ def _options() -> str:
              _code(qemu) if qemu else "", text)
         )  # fmt: skip
     return "\n\n".join((
-        "# Options of a migration\n\n[](){#migkit.migration.options.Options}",
+        "# Options of a migration {#migkit.migration.options.Options}",
         ("`migkit.run` and `migkit.Migration` take them as keywords, `migkit run` as `--name` with "
         "hyphens. Sizes are numbers of bytes or texts as `256MiB`. `migkit.Migration` begins "
         "post-copy by hand: there `postcopy` is `manual` unless you say otherwise."),

@@ -8,6 +8,7 @@ from typing import Any
 import griffe
 
 _ROLE = re.compile(r":(?:class|func|meth|mod|data|attr):`(~?)([\w.]+)`")
+_DOCUMENTED_AS = {"migkit.migration.session.Session": "migkit.api.Migration"}
 _LITERAL = re.compile(r"^(.*?)::[ ]*$", re.MULTILINE)
 
 
@@ -31,6 +32,7 @@ def _link(match: re.Match[str], home: str) -> str:
     text = name.rpartition(".")[2] if short else name
     if not name.startswith("migkit."):
         name = f"{'migkit.errors' if name.endswith('Error') else home}.{name}"
+    name = _DOCUMENTED_AS.get(name, name)
     return f'<autoref identifier="{name}" optional><code>{text}</code></autoref>'
 
 
