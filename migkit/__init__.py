@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     from migkit.analysis.stream import stream
     from migkit.api import Migration, load, run
     from migkit.guest.workloads import Workload
+    from migkit.widgets.console import Console
 
 __version__ = "0.1.0"
 __all__ = [
+    "Console",
     "Migration",
     "Run",
     "Workload",
@@ -35,6 +37,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Console": "migkit.widgets.console",
     "Migration": "migkit.api",
     "Run": "migkit.analysis.run",
     "Workload": "migkit.guest.workloads",
