@@ -104,6 +104,7 @@ class Console:
             for name, (text, icon, style, tooltip) in _BUTTONS.items()
         }  # fmt: skip
         for name, button in self._buttons.items():
+            button.add_class(f"migkit-{name}")
             button.on_click(self._clicked(name))
         self._says = ipw.HTML()
         self._diagram, self._cards, self._events = ipw.HTML(), ipw.HTML(), ipw.HTML()

@@ -63,7 +63,7 @@ def _control(field: dataclasses.Field[Any], presets: dict[str, Any]) -> ipw.Widg
         "style": _STYLE,
     }
     if isinstance(field.default, bool):
-        return ipw.Checkbox(value=_as_bool(field.name, value), indent=True, **common)
+        return ipw.Checkbox(value=_as_bool(field.name, value), indent=False, **common)
     if field.metadata["choices"]:
         return ipw.Dropdown(options=field.metadata["choices"], value=value, **common)
     if isinstance(value, tuple):

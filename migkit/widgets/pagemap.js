@@ -72,6 +72,7 @@ function render({ model, el }) {
 
   function layout() {
     const n = Math.max(1, model.get("n_cells"));
+    root.style.display = model.get("n_cells") ? "" : "none";
     columns = 1;
     while (columns * columns < 4 * n) columns *= 2; // about four times as wide as high
     rows = Math.ceil(n / columns);

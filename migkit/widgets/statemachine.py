@@ -18,10 +18,10 @@ _PLACES: Mapping[Status, tuple[float, float]] = {
 }  # fmt: skip
 """Column and row of each state: the good end in the middle, post-copy above, the bad ends below."""
 
-_WIDTH, _HEIGHT = 146, 36  # a state, in px
-_STEP_X, _STEP_Y, _LEFT, _TOP = 176, 84, 80, 108
+_WIDTH, _HEIGHT = 122, 46  # a state, in px
+_STEP_X, _STEP_Y, _LEFT, _TOP = 150, 96, 66, 126
 _STYLE = (
-    "<style>.migkit-fsm{font:600 15px var(--jp-ui-font-family,sans-serif);max-width:100%;"
+    "<style>.migkit-fsm{font:600 18px var(--jp-ui-font-family,sans-serif);max-width:100%;"
     "color:var(--jp-ui-font-color1,#222);background:var(--jp-layout-color0,#fff)}"
     ".migkit-fsm path{fill:none;stroke:currentColor}</style>"
 )
@@ -102,16 +102,19 @@ def _box(state: Status, current: Status, passed: Collection[str], destination: s
         f'<rect x="{left}" y="{top}" width="{_WIDTH}" height="{_HEIGHT}" rx="7" fill="{fill}" '
         f'stroke="{border}" stroke-width="{3 if lit or was else 1.2}"/>'
     )
-    name = state.value.removeprefix("postcopy-") if len(state.value) > 16 else state.value
-    text = (
-        f'<text x="{x}" y="{y + 5}" text-anchor="middle" fill="{ink}">'
-        f"{'▶ ' if lit else ''}{name}</text>"
+    lines = state.value.split("-", 1) if "-" in state.value else [state.value]
+    if lit:
+        lines[0] = f"▶ {lines[0]}"
+    first = y + 6 - 9 * (len(lines) - 1)
+    text = "".join(
+        f'<text x="{x}" y="{first + 18 * i}" text-anchor="middle" fill="{ink}">{line}</text>'
+        for i, line in enumerate(lines)
     )
     tag = ""
     if state == destination:
         tag = (
-            f'<rect x="{x - 48}" y="{top + _HEIGHT}" width="96" height="17" rx="4" '
-            f'fill="#CC8800" stroke="#000"/><text x="{x}" y="{top + _HEIGHT + 13}" '
-            'text-anchor="middle" font-size="12" fill="#000">destination</text>'
+            f'<rect x="{x - 54}" y="{top + _HEIGHT}" width="108" height="20" rx="4" '
+            f'fill="#CC8800" stroke="#000"/><text x="{x}" y="{top + _HEIGHT + 15}" '
+            'text-anchor="middle" font-size="16" fill="#000">destination</text>'
         )
     return rectangle + text + tag
