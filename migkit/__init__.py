@@ -21,10 +21,12 @@ if TYPE_CHECKING:
     from migkit.api import Migration, load, run
     from migkit.guest.workloads import Workload
     from migkit.widgets.console import Console
+    from migkit.widgets.explorer import Explorer
 
 __version__ = "0.1.0"
 __all__ = [
     "Console",
+    "Explorer",
     "Migration",
     "Run",
     "Workload",
@@ -38,6 +40,7 @@ __all__ = [
 
 _HOMES = {
     "Console": "migkit.widgets.console",
+    "Explorer": "migkit.widgets.explorer",
     "Migration": "migkit.api",
     "Run": "migkit.analysis.run",
     "Workload": "migkit.guest.workloads",

@@ -98,7 +98,7 @@ def test_a_cut_link_pauses_and_is_recovered_without_a_page_changing_its_look(con
     until(lambda: one.status == "active")
     one.press("start_postcopy")
     until(lambda: one.status == "postcopy-active")
-    until(lambda: (one._live.history.states == PageState.BACKGROUND).any())
+    until(lambda: PageState.BACKGROUND in one._live.history.states)
     one.press("cut")
     until(lambda: enabled(one) == {"recover"})
     before = one._live.history.states.copy()
@@ -292,7 +292,7 @@ def test_history_names_what_a_page_went_through():
     for time_s, states in enumerate(([0, 0, 0, 0], [1, 1, 0, 0], [2, 1, 0, 0], [1, 1, 6, 0])):
         history.update(np.array(states, np.uint8), float(time_s))
     assert history.describe(0) == (
-        "page 0: only at the source → dirty again at 2.00 s → sent at 3.00 s (2 times)"
+        "page 0: only at the source → sent at 1.00 s, last at 3.00 s → dirty again at 2.00 s"
     )
     assert history.describe(3) == "page 3: only at the source"
     assert history.describe(9) == "there is no page 9"

@@ -58,6 +58,23 @@ _ALLOWED = {
     "cut": frozenset(SOURCE) - AT_REST - {Status.NONE},
 }
 
+_WORDS = {
+    Status.NONE: "Starting the guest …",
+    Status.SETUP: "The two sides agree on what will be moved.",
+    Status.ACTIVE: "Pre-copy: the guest runs at the source while its memory is sent.",
+    Status.PRE_SWITCHOVER: "The guest stands still before the switchover: press Continue.",
+    Status.DEVICE: "Switchover: the guest stands still.",
+    Status.POSTCOPY_DEVICE: "Switchover: the CPU state is on its way to the destination.",
+    Status.POSTCOPY_ACTIVE: "Post-copy: the guest runs at the destination; a page that it touches "
+    "and that is not there is requested.",
+    Status.POSTCOPY_PAUSED: "Paused: both sides keep what they have. Press Recover to go on.",
+    Status.POSTCOPY_RECOVER_SETUP: "Recovery: new connections are made.",
+    Status.POSTCOPY_RECOVER: "Recovery: the destination says which pages it has.",
+    Status.CANCELLING: "The migration is given up; the guest goes on at the source.",
+    Status.FAILING: "The migration has failed.",
+}
+"""What a class is told in each state."""
+
 _open: weakref.WeakSet[Console] = weakref.WeakSet()
 _of_cell: dict[str, tuple[str, weakref.ref[Console]]] = {}
 
@@ -99,7 +116,7 @@ class Console:
         self._buttons = {
             name: ipw.Button(
                 description=text, icon=icon, button_style=style, tooltip=tooltip,
-                layout={"width": "150px", "height": "36px"},
+                layout={"width": "128px", "height": "36px"},
             )
             for name, (text, icon, style, tooltip) in _BUTTONS.items()
         }  # fmt: skip
@@ -198,7 +215,7 @@ class Console:
     def _command(self, name: str) -> None:
         """Carry a command out; what goes wrong is told in the panel."""
         migration = self._migration
-        self._tell("")
+        self.error = ""
         try:
             if migration is None:
                 self._fail(f"{name}: the migration has ended")
@@ -223,7 +240,7 @@ class Console:
         self._busy.add("start")
         self._form.enable(enabled=False)
         self._show_status()
-        self._tell("Starting the guest …")
+        self._tell(_WORDS[Status.NONE])
         self._thread = threading.Thread(target=self._migrate, name="migkit-console", daemon=True)
         self._thread.start()
 
@@ -253,7 +270,6 @@ class Console:
         self._live, self._migration = live, migration
         self._options.selected_index = None
         self._busy.discard("start")
-        self._tell("Pre-copy: the guest runs at the source while its memory is sent.")
         due = time.monotonic()
         while migration.status not in ENDED and not self._closing.is_set():
             self._update(live)
@@ -305,13 +321,15 @@ class Console:
         there = migration.destination_status if migration else ""
         if not migration and self._drawn and status == self._drawn[0]:
             return  # it stands as it ended
+        if migration and not self.error and status in _WORDS and status not in self._drawn[:1]:
+            self._tell(_WORDS[status])
         if (what := (status, there, frozenset(passed))) != self._drawn:
             self._drawn = what
             self._diagram.value = statemachine.draw(status, passed, there)
 
     def _tell(self, text: str) -> None:
         self.error = ""
-        self._says.value = _line(text, "status") if text else ""
+        self._says.value = _line(text, "status")
 
     def _fail(self, text: str) -> None:
         self.error = text

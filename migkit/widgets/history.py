@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 
@@ -17,8 +19,8 @@ class PageHistory:
     def __init__(self, n_pages: int) -> None:
         """Begin with every page only at the source."""
         self.states: States = np.zeros(n_pages, np.uint8)
-        self._entered = np.full((len(PageState), n_pages), np.nan, np.float32)
-        self._times = np.zeros((len(PageState), n_pages), np.uint16)
+        shape = len(PageState), n_pages
+        self._first, self._last = (np.full(shape, np.nan, np.float32) for _ in range(2))
 
     def update(self, states: States, time_s: float) -> States:
         """Take the states (n_pages,) that were seen at a time; return them as they are shown.
@@ -33,8 +35,9 @@ class PageHistory:
         changed = np.flatnonzero(states != self.states)
         if len(changed):
             into = states[changed]
-            self._entered[into, changed] = time_s
-            self._times[into, changed] += 1
+            first = self._first[into, changed]
+            self._first[into, changed] = np.where(np.isnan(first), time_s, first)
+            self._last[into, changed] = time_s
             self.states = states
         return self.states
 
@@ -42,11 +45,12 @@ class PageHistory:
         """Say what became of a page, with the times in s."""
         if not 0 <= page < len(self.states):
             return f"there is no page {page}"
-        entered = self._entered[:, page]
+        first, last = self._first[:, page].tolist(), self._last[:, page].tolist()
         parts = [LOOKS[PageState.AT_SOURCE].label]
-        for state in np.argsort(entered)[: np.count_nonzero(~np.isnan(entered))].tolist():
-            text = f"{LOOKS[PageState(state)].label} at {entered[state]:.2f} s"
-            if (times := int(self._times[state, page])) > 1:
-                text += f" ({times} times)"
+        entered = [state for state in PageState if not math.isnan(first[state])]
+        for state in sorted(entered, key=first.__getitem__):
+            text = f"{LOOKS[state].label} at {first[state]:.2f} s"
+            if last[state] > first[state]:
+                text += f", last at {last[state]:.2f} s"
             parts.append(text)
         return f"page {page:,}: " + " → ".join(parts)

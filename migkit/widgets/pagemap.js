@@ -25,7 +25,7 @@ function tile(look, size, outlined) {
     for (let x = 0; x < size; x++) {
       const edge = outlined && (x === size - 1 || y === size - 1);
       if (edge) pixels[y * size + x] = rgba("#8C8C8C");
-      else if (size >= 4 && SHAPES[look.shape](x, y, size)) {
+      else if (size >= 8 && SHAPES[look.shape](x, y, size)) {
         pixels[y * size + x] = rgba(look.ink);
       }
     }

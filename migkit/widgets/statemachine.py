@@ -18,10 +18,10 @@ _PLACES: Mapping[Status, tuple[float, float]] = {
 }  # fmt: skip
 """Column and row of each state: the good end in the middle, post-copy above, the bad ends below."""
 
-_WIDTH, _HEIGHT = 122, 46  # a state, in px
-_STEP_X, _STEP_Y, _LEFT, _TOP = 150, 96, 66, 126
+_WIDTH, _HEIGHT = 132, 46  # a state, in px
+_STEP_X, _STEP_Y, _LEFT, _TOP = 154, 96, 70, 126
 _STYLE = (
-    "<style>.migkit-fsm{font:600 18px var(--jp-ui-font-family,sans-serif);max-width:100%;"
+    "<style>.migkit-fsm{font:600 17px var(--jp-ui-font-family,sans-serif);max-width:100%;"
     "color:var(--jp-ui-font-color1,#222);background:var(--jp-layout-color0,#fff)}"
     ".migkit-fsm path{fill:none;stroke:currentColor}</style>"
 )

@@ -76,7 +76,7 @@ class Lab:
 
     def get(self, path):
         """Return what the server's API answers."""
-        request = urllib.request.Request(  # noqa: S310
+        request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}/{path}", headers={"Authorization": f"token {self.token}"}
         )
         with urllib.request.urlopen(request, timeout=5) as answer:  # noqa: S310
@@ -183,7 +183,7 @@ def notebook(lab, browser):
         one.picture(f"{Path(one.name).stem}-last")
         one.page.close()
     for session in lab.get("api/sessions"):
-        request = urllib.request.Request(  # noqa: S310
+        request = urllib.request.Request(
             f"http://127.0.0.1:{lab.port}/api/sessions/{session['id']}", method="DELETE",
             headers={"Authorization": f"token {lab.token}"},
         )  # fmt: skip
