@@ -170,8 +170,10 @@ function render({ model, el }) {
     if (event.key === "Escape") choose([]);
   });
   for (const name of ["cursor_ms", "brush_ms", "chosen"]) model.on(`change:${name}`, draw);
-  model.on("change:points", drawStill);
-  drawStill();
+  const themes = new MutationObserver(drawStill); // light or dark: the ink is the page's
+  themes.observe(document.body, { attributes: true });
+  requestAnimationFrame(drawStill); // once it is in the page, whose ink it takes
+  return () => themes.disconnect();
 }
 
 export default { render };

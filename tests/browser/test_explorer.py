@@ -16,9 +16,9 @@ def test_time_is_slid_a_span_is_brushed_a_fault_is_chosen(notebook):
     assert at_the_end.endswith(",0")
     one.picture("explorer-end", cell)
 
-    handle = cell.locator(".jupyter-widget-slider .noUi-handle").first
+    handle = cell.locator(".widget-hslider .noUi-handle").first
     box = handle.bounding_box()
-    track = cell.locator(".jupyter-widget-slider .noUi-base").first.bounding_box()
+    track = cell.locator(".widget-hslider .noUi-base").first.bounding_box()
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     page.mouse.down()
     for share in (0.9, 0.75, 0.6):
