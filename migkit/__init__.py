@@ -53,6 +53,13 @@ _HOMES = {
 }
 
 
+def load_ipython_extension(shell: Any) -> None:
+    """Add the magics ``%migrate``, ``%%migrate`` and ``%trace``: ``%load_ext migkit``."""
+    from migkit.magic import MigkitMagics  # noqa: PLC0415 — IPython only in IPython
+
+    shell.register_magics(MigkitMagics)
+
+
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'migkit' has no attribute {name!r}")

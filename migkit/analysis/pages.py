@@ -30,15 +30,23 @@ class PageChanges:
     ``ts_ns`` (n,) int64, ``page`` (n,) int64, ``state`` (n,) uint8 are parallel.
     """
 
-    def __init__(self, n_pages: int, ts_ns: Ints, page: Ints, state: npt.NDArray[np.uint8]) -> None:
-        """Sort the changes; those of one time keep their order."""
+    def __init__(
+        self,
+        n_pages: int,
+        ts_ns: Ints,
+        page: Ints,
+        state: npt.NDArray[np.uint8],
+        *,
+        between: int = _LEAST_BETWEEN,
+    ) -> None:
+        """Sort the changes, those of one time keep their order; all is kept every so many."""
         inside = (page >= 0) & (page < n_pages)
         order = np.argsort(ts_ns[inside], kind="stable")
         self.ts_ns, self.page, self.state = (
             column[inside][order] for column in (ts_ns, page, state)
         )
         self.n_pages = n_pages
-        self._between = max(_LEAST_BETWEEN, -(-len(self.page) // _KEYFRAMES))
+        self._between = max(between, -(-len(self.page) // _KEYFRAMES))
         states = np.zeros(n_pages, np.uint8)
         self._keyframes = [states.copy()]
         for begin in range(0, len(self.page), self._between):

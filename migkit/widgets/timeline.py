@@ -91,8 +91,11 @@ def _phases(run: Run) -> list[dict[str, Any]]:
 
 
 def _span_ms(run: Run, phases: list[dict[str, Any]]) -> list[float]:
+    """Return from when to when there is something to be seen: phases, states, else events."""
+    states = [(ts_ns - run.origin_ns) / 1e6 for ts_ns, _, _ in run.meta.get("statuses", ())]
     if phases:
-        return [min(p["start_ms"] for p in phases), max(p["end_ms"] for p in phases)]
+        begin = min(phase["start_ms"] for phase in phases)
+        return [begin, max([phase["end_ms"] for phase in phases] + states)]
     last = max((trace.span_ns[1] for trace in run.traces.values()), default=0)
     return [0.0, max(1.0, (last - run.origin_ns) / 1e6)]
 
