@@ -8,11 +8,11 @@ RUNS ?= 2000000
 MINUTES ?= 10
 TORTURE_ARGS ?=
 .DEFAULT_GOAL := help
-.PHONY: help demo lab test lint docs bench soak torture fuzz setup clean FORCE
+.PHONY: help demo lab test test-browser lint docs bench soak torture fuzz setup clean FORCE
 .PRECIOUS: $(STAMP) # interrupted, make would delete it, and with it that set-up is unfinished
 
 help: ## List what can be made
-	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
 
 demo: $(STAMP) ## Migrate a guest, draw what happened, execute the first notebook
 	@scripts/demo
@@ -23,6 +23,9 @@ lab: $(STAMP) ## Open JupyterLab on notebooks/
 # At the limit pytest gets an interrupt: it says where it was and tears its fixtures down.
 test: $(STAMP) ## Run the tests, for 10 minutes at most (PYTEST_ARGS="-k wire -x")
 	timeout --foreground --signal=INT --kill-after=30 600 $(PYTHON) -m pytest $(PYTEST_ARGS)
+
+test-browser: $(STAMP) ## Press the buttons in a real browser; pictures go to build/browser/
+	timeout --foreground --signal=INT --kill-after=30 180 $(PYTHON) -m pytest tests/browser
 
 lint: $(STAMP) ## Check style (ruff) and types (mypy --strict)
 	$(PYTHON) -m ruff check .

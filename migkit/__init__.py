@@ -20,9 +20,13 @@ if TYPE_CHECKING:
     from migkit.analysis.stream import stream
     from migkit.api import Migration, load, run
     from migkit.guest.workloads import Workload
+    from migkit.widgets.console import Console
+    from migkit.widgets.explorer import Explorer
 
 __version__ = "0.1.0"
 __all__ = [
+    "Console",
+    "Explorer",
     "Migration",
     "Run",
     "Workload",
@@ -35,6 +39,8 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Console": "migkit.widgets.console",
+    "Explorer": "migkit.widgets.explorer",
     "Migration": "migkit.api",
     "Run": "migkit.analysis.run",
     "Workload": "migkit.guest.workloads",
@@ -45,6 +51,13 @@ _HOMES = {
     "sample": "migkit.analysis.samples",
     "stream": "migkit.analysis.stream",
 }
+
+
+def load_ipython_extension(shell: Any) -> None:
+    """Add the magics ``%migrate``, ``%%migrate`` and ``%trace``: ``%load_ext migkit``."""
+    from migkit.magic import MigkitMagics  # noqa: PLC0415 — IPython only in IPython
+
+    shell.register_magics(MigkitMagics)
 
 
 def __getattr__(name: str) -> Any:

@@ -7,9 +7,11 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from migkit.analysis.html import table
 from migkit.analysis.run import Run
 from migkit.errors import MigkitError, MigrationError, OptionError
 from migkit.guest.workloads import Workload
+from migkit.migration.monitor import ROLES
 from migkit.migration.session import Session
 from migkit.migration.states import Status
 
@@ -25,6 +27,15 @@ class Migration(Session):
     run = m.wait()``. Takes what :class:`~migkit.migration.session.Session` takes. When the block
     ends every process is ended, also the guest; the run folder stays.
     """
+
+    def _repr_html_(self) -> str:
+        now = self.query()
+        rows = [
+            (f"{role}: {name.replace('_', ' ')}", f"{value:,}" if isinstance(value, int) else value)
+            for role in ROLES
+            for name, value in now.get(role, {}).items()
+        ]
+        return table([("status", now["status"]), *rows], f"Migration in {self.folder.path}")
 
     def wait(
         self, timeout_s: float = 600.0, *, progress: Progress | None = None, check: bool = True

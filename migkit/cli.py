@@ -11,18 +11,20 @@ import json
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from migkit import cli_runs
 from migkit.errors import MigkitError, OptionError
-from migkit.guest.workloads import WORKLOADS
+from migkit.guest.workloads import WORKLOADS, Workload
 from migkit.migration.options import Options
+
+if TYPE_CHECKING:
+    from migkit.analysis.run import Run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return 0, 1 when something failed, 2 when the call was wrong."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
+    options = parse(arguments)
     warnings.formatwarning = _format_warning
     try:
         code: int = options.command(options)
@@ -38,6 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 0
     return code
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse a command line, as ``migkit`` or a magic has it; argparse exits if it is wrong."""
+    return _parser().parse_args(arguments)
 
 
 def _format_warning(message: Warning | str, *_: object, **__: object) -> str:
@@ -99,13 +106,22 @@ def _add_option(parser: argparse.ArgumentParser, field: dataclasses.Field[Any]) 
 
 
 def _run(options: argparse.Namespace) -> int:
+    run = migrate(options)
+    cli_runs.print_figures(run, as_json=options.json)
+    if options.verify and not options.json:
+        print("Verified: RAM and CPU state are, bit for bit, those of an unmigrated guest.")
+    return 0
+
+
+def migrate(options: argparse.Namespace, workload: type[Workload] | None = None) -> Run:
+    """Carry out a parsed ``run``, with a class as its workload where one is given."""
     from migkit import api  # noqa: PLC0415 — pandas takes half a second, doctor needs none
 
     values = {field.name: getattr(options, field.name) for field in dataclasses.fields(Options)}
     given = {name: value for name, value in values.items() if value is not None}
     with _ProgressBar(quiet=options.json) as bar:
-        run = api.run(
-            options.workload,
+        return api.run(
+            workload or options.workload,
             path=options.path,
             params=_params(options.param),
             verify=options.verify,
@@ -113,10 +129,6 @@ def _run(options: argparse.Namespace) -> int:
             timeout_s=options.timeout,
             **given,
         )
-    cli_runs.print_figures(run, as_json=options.json)
-    if options.verify and not options.json:
-        print("Verified: RAM and CPU state are, bit for bit, those of an unmigrated guest.")
-    return 0
 
 
 def _stream(options: argparse.Namespace) -> int:

@@ -22,6 +22,7 @@ from migkit.analysis import events, schema, translate
 from migkit.analysis.analyses import Analyses
 from migkit.analysis.downtime import downtime_frame
 from migkit.analysis.faults import STAGE_EVENTS, Guest, faults_frame
+from migkit.analysis.html import table
 from migkit.analysis.phases import phases_frame
 from migkit.analysis.summary import Summary, summarize
 from migkit.errors import MissingEventError, OptionError, TraceWarning, close_matches
@@ -82,6 +83,9 @@ class Run(Analyses):
     def __repr__(self) -> str:
         """Name the folder and how the migration ended."""
         return f"<Run {self.path}: {self.status}>"
+
+    def _repr_html_(self) -> str:
+        return table([*self.summary().rows(), ("run folder", str(self.path))])
 
     @property
     def path(self) -> Path:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from migkit.analysis import latency
+from migkit.analysis.html import table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -58,44 +59,48 @@ class Summary:
 
     def __str__(self) -> str:
         """Return a text block for a terminal."""
-        return "\n".join(self._lines())
+        return "\n".join(f"{name:<13}{text}" for name, text in self.rows())
 
-    def _lines(self) -> Iterator[str]:
+    def _repr_html_(self) -> str:
+        return table(self.rows())
+
+    def rows(self) -> Iterator[tuple[str, str]]:
+        """Yield the lines of the text block: a name and what is to be said of it."""
         both = (
             "" if self.status == self.destination_status else f", there {self.destination_status}"
         )
         size = f"{self.memory_bytes / _MIB:,.0f} MiB"
-        yield f"{'migration':<13}{self.status}{both} ({self.workload}, {size})"
+        yield "migration", f"{self.status}{both} ({self.workload}, {size})"
         if self.total_ms is not None:
             phases = ", ".join(f"{name} {ms:,.1f}" for name, ms in self.phases_ms.items())
-            yield f"{'total':<13}{self.total_ms:,.1f} ms: {phases}"
+            yield "total", f"{self.total_ms:,.1f} ms: {phases}"
         if self.downtime_ms is not None:
             parts = sorted(self.downtime_us.items(), key=lambda part: -part[1])[:3]
             most = ", ".join(f"{name} {us / 1e3:,.2f}" for name, us in parts)
-            yield f"{'downtime':<13}{self.downtime_ms:,.2f} ms, most of it: {most}"
+            yield "downtime", f"{self.downtime_ms:,.2f} ms, most of it: {most}"
         if self.pages:
             pages = ", ".join(f"{name} {count:,}" for name, count in self.pages.items())
-            yield f"{'pages':<13}{pages}"
+            yield "pages", f"{pages}"
             speed = self.throughput_mib_s
             rate = f", {speed:,.0f} MiB/s" if speed is not None else ""
-            yield f"{'data':<13}{sum(self.bytes.values()) / _MIB:,.1f} MiB on the wire{rate}"
-        yield from self._fault_lines()
+            yield "data", f"{sum(self.bytes.values()) / _MIB:,.1f} MiB on the wire{rate}"
+        yield from self._fault_rows()
         for name, count in self.records_lost.items():
             if count:
-                yield f"{'lost':<13}{count:,} records of {name}"
+                yield "lost", f"{count:,} records of {name}"
         for kind, texts in (("error", self.errors), ("notice", self.notices)):
             for text in texts:
-                yield f"{kind:<13}{text}"
+                yield kind, text
 
-    def _fault_lines(self) -> Iterator[str]:
+    def _fault_rows(self) -> Iterator[tuple[str, str]]:
         counts = ", ".join(f"{name} {count:,}" for name, count in self.faults.items())
-        yield f"{'faults':<13}{counts or 'none'}"
+        yield "faults", f"{counts or 'none'}"
         known = {name: us for name, us in self.latency_us.items() if us is not None}
         if known:
             figures = ", ".join(f"{name} {us:,.0f}" for name, us in known.items())
-            yield f"{'latency':<13}{figures} us (requested and in flight)"
+            yield "latency", f"{figures} us (requested and in flight)"
             where = ", ".join(f"{stage} at {at}" for at, stage in self.dominating_stage.items())
-            yield f"{'slowest step':<13}{where}"
+            yield "slowest step", f"{where}"
 
 
 def summarize(run: Run) -> Summary:

@@ -17,6 +17,7 @@ def discard_stale(supply: PageSupply) -> tuple[int, int]:
     stale = supply.stale()
     runs = runs_of(np.flatnonzero(stale))
     supply.at_destination &= ~stale
+    supply.discarded |= stale
     commands: list[bytes] = []
     for at in range(0, len(runs), wire.MAX_DISCARDS):
         some = [(first * size, count * size) for first, count in runs[at : at + wire.MAX_DISCARDS]]

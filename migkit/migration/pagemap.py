@@ -15,14 +15,47 @@ import numpy.typing as npt
 
 
 class Row(enum.IntEnum):
-    """The rows of the map, by index: two of the source, then those of the destination."""
+    """The rows of the map, by index: three of the source, then those of the destination."""
 
     DIRTY = 0  # to be sent
     SENT = 1  # some version of it is at the destination
-    RECEIVED = 2  # its last version is here
-    HOLE = 3  # of those: zeros, for which no memory was taken before the guest touches it
-    REQUESTED = 4  # a guest waits for it
-    ANSWERED = 5  # it came because a guest waited for it
+    DISCARDED = 2  # a version of it was at the destination and was thrown away
+    RECEIVED = 3  # its last version is here
+    HOLE = 4  # of those: zeros, for which no memory was taken before the guest touches it
+    REQUESTED = 5  # a guest waits for it
+    ANSWERED = 6  # it came because a guest waited for it
+
+
+class PageState(enum.IntEnum):
+    """What is to be seen of a page; of several pages in one cell the greatest is shown."""
+
+    AT_SOURCE = 0  # only there
+    SENT = 1  # in pre-copy; in post-copy: under way
+    DIRTY_AGAIN = 2  # sent, and written to since, as of the last scan
+    DISCARDED = 3  # the destination threw its old version away
+    BACKGROUND = 4  # placed in post-copy without a request
+    ANSWERED = 5  # placed because the guest waited for it
+    REQUESTED = 6  # the guest waits for it
+
+
+def page_states(
+    source: npt.NDArray[np.bool_], destination: npt.NDArray[np.bool_]
+) -> npt.NDArray[np.uint8]:
+    """Combine the rows of both engines into a :class:`PageState` a page, (n_pages,).
+
+    Where a later rule holds it overrides an earlier one. After a recovery the source counts as
+    SENT what was received; who wants to know how it came remembers.
+    """
+    dirty, sent = source[Row.DIRTY], source[Row.SENT]
+    received = destination[Row.RECEIVED]
+    begun = dirty.any() or received.any()
+    states = np.where(dirty | ~begun, np.uint8(PageState.AT_SOURCE), np.uint8(PageState.SENT))
+    states[dirty & sent] = PageState.DIRTY_AGAIN
+    states[dirty & source[Row.DISCARDED] & ~sent] = PageState.DISCARDED
+    states[received & ~dirty & ~sent] = PageState.BACKGROUND
+    states[received & destination[Row.ANSWERED]] = PageState.ANSWERED
+    states[destination[Row.REQUESTED]] = PageState.REQUESTED
+    return states
 
 
 class PageMap:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 import numpy as np
+import numpy.typing as npt
 
 from migkit.errors import CapabilityError, MigrationError, OptionError
 from migkit.guest.config import GuestConfig
@@ -28,6 +29,7 @@ from migkit.guest.vcpu import Word
 from migkit.guest.workloads import Workload
 from migkit.migration.monitor import DESTINATION, ROLES, SOURCE, Monitor
 from migkit.migration.options import Options
+from migkit.migration.pagemap import page_states
 from migkit.migration.relay_process import RelayProcess
 from migkit.migration.remote import EngineProcess
 from migkit.migration.states import Status
@@ -268,6 +270,15 @@ class Session:
             result[role]["status"] = self._monitor.status(role).value
             result[role]["step"] = self._monitor.step(role)
         return result
+
+    def page_map(self) -> npt.NDArray[np.uint8]:
+        """Return a :class:`~migkit.migration.pagemap.PageState` a host page, (n_pages,) uint8.
+
+        It is read out of shared memory: no engine is woken, no page of guest RAM is touched.
+        Raises :class:`MigrationError` before :meth:`start` and after :meth:`close`.
+        """
+        rows = [self._engine(role).pages.snapshot() for role in ROLES]
+        return page_states(*rows)
 
     def await_end(
         self, timeout_s: float = 600.0, progress: Callable[[dict[str, Any]], None] | None = None

@@ -102,6 +102,16 @@ ENDED = frozenset({_S.COMPLETED, _S.CANCELLED, _S.FAILED})
 AT_REST = ENDED | {_S.POSTCOPY_PAUSED}
 """States that only somebody from outside leads out of."""
 
+COMMANDS: Mapping[str, frozenset[Status]] = {
+    "start": frozenset({_S.NONE}),
+    "start_postcopy": frozenset({_S.SETUP, _S.ACTIVE}),
+    "continue_": frozenset({_S.PRE_SWITCHOVER}),
+    "pause": frozenset({_S.POSTCOPY_ACTIVE}),
+    "recover": frozenset({_S.POSTCOPY_PAUSED}),
+    "cancel": frozenset(old for old, new in SOURCE.items() if _S.CANCELLING in new),
+}
+"""In which states of the source a session's command makes sense."""
+
 
 class PostcopyState(enum.StrEnum):
     """How far the destination is with post-copy, QEMU's PostcopyState."""

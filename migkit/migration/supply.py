@@ -46,6 +46,7 @@ class PageSupply:
         self.trace = trace
         self.dirty = pages[Row.DIRTY]
         self.at_destination = pages[Row.SENT]
+        self.discarded = pages[Row.DISCARDED]  # for whoever watches
         self.dirty[:] = True
         self.at_destination[:] = False
         self.present = ram.present()  # may be loaded: see migkit.kernel.memory

@@ -74,6 +74,8 @@ class Drain:
             self._file.write(chunk)
             self._drained += len(chunk)
             self._punch()
+        if end > begin:
+            self._file.flush()  # for whoever follows it
         return end - begin
 
     def close(self) -> None:

@@ -35,7 +35,15 @@ if TYPE_CHECKING:
     from migkit.trace.chase import Bytes, Offsets
     from migkit.trace.registry import Event
 
-__all__ = ["Trace", "dropped_record", "header", "mapping_record", "read", "read_pieces"]
+__all__ = [
+    "Trace",
+    "dropped_record",
+    "header",
+    "mapping_record",
+    "read",
+    "read_pieces",
+    "sort_by_event",
+]
 
 PIECE_BYTES = 16 << 20
 
@@ -108,7 +116,7 @@ def read(
     check_header(data)
     walk = Walk(data, registry)
     walk.run()
-    return _sort_by_event(data, walk, registry, forms or registry.forms)
+    return sort_by_event(data, walk, registry, forms or registry.forms)
 
 
 def read_pieces(
@@ -140,13 +148,13 @@ def read_pieces(
         if walk.end == start:  # a record longer than a piece, or a tail of zeros
             step *= 2
             continue
-        yield _sort_by_event(data[:end], walk, registry, forms or registry.forms, first)
+        yield sort_by_event(data[:end], walk, registry, forms or registry.forms, first)
         first += walk.offsets.size
         start, step = walk.end, n_bytes
         mapped.madvise(mmap.MADV_DONTNEED, 0, start & -mmap.PAGESIZE)
 
 
-def _sort_by_event(
+def sort_by_event(
     data: Bytes,
     walk: Walk,
     registry: Registry,

@@ -1,0 +1,191 @@
+"""A real JupyterLab on loopback and Debian's chromium in it; screenshots go to build/browser/."""
+
+import json
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import nbformat
+import pytest
+from playwright.sync_api import sync_playwright
+
+ROOT = Path(__file__).parents[2]
+PICTURES = ROOT / "build" / "browser"
+_BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+_START_S = 60
+
+# What JupyterLab itself writes to the browser's console as errors, and nothing else.
+KNOWN_NOISE = (
+    "favicon",
+    "/api/kernels/",  # asked for once more after the kernel was shut down at a page's end
+    "/lsp/status",  # no language server is installed
+)
+
+
+class Lab:
+    """A running JupyterLab: notebooks put into ``root`` can be opened at :meth:`url`."""
+
+    def __init__(self, root):
+        self.root = root
+        self.token = secrets.token_hex(16)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        home = root.parent / "home"
+        settings = home / "config" / "labconfig"
+        settings.mkdir(parents=True)
+        asks = "@jupyterlab/apputils-extension:announcements"
+        (settings / "page_config.json").write_text(json.dumps({"disabledExtensions": {asks: True}}))
+        self.log = (home / "lab.log").open("wb")
+        self.process = subprocess.Popen(
+            [
+                sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root",
+                "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={self.port}",
+                "--ServerApp.port_retries=0", f"--IdentityProvider.token={self.token}",
+                f"--ServerApp.root_dir={root}",
+            ],
+            env={
+                **os.environ, "HOME": str(home), "JUPYTER_CONFIG_DIR": str(home / "config"),
+                "JUPYTER_DATA_DIR": str(home / "data"), "JUPYTER_RUNTIME_DIR": str(home / "run"),
+                "IPYTHONDIR": str(home / "ipython"),
+                "JUPYTERLAB_SETTINGS_DIR": str(home / "settings"),
+                "JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces"),
+            },
+            stdout=self.log,
+            stderr=self.log,
+            start_new_session=True,
+        )  # fmt: skip
+        self._await()
+
+    def _await(self):
+        deadline = time.monotonic() + _START_S
+        while time.monotonic() < deadline and self.process.poll() is None:
+            try:
+                self.get("api/status")
+            except OSError:
+                time.sleep(0.2)
+            else:
+                return
+        pytest.fail(f"JupyterLab did not start: {Path(self.log.name).read_text()[-2000:]}")
+
+    def get(self, path):
+        """Return what the server's API answers."""
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}/{path}", headers={"Authorization": f"token {self.token}"}
+        )
+        with urllib.request.urlopen(request, timeout=5) as answer:  # noqa: S310
+            return json.load(answer)
+
+    def put(self, name, *sources):
+        """Write a notebook of code cells."""
+        cells = [nbformat.v4.new_code_cell(source) for source in sources]
+        kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        notebook = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel})
+        nbformat.write(notebook, self.root / name)
+
+    def url(self, name):
+        return f"http://127.0.0.1:{self.port}/lab/tree/{name}?token={self.token}&reset"
+
+    def close(self):
+        self.process.terminate()
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait(5)
+        self.log.close()
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory):
+    root = tmp_path_factory.mktemp("lab") / "notebooks"
+    root.mkdir()
+    lab = Lab(root)
+    yield lab
+    lab.close()
+
+
+@pytest.fixture(scope="session")
+def browser():
+    found = next(filter(None, map(shutil.which, _BROWSERS)), None)
+    if found is None:
+        pytest.fail("no chromium: sudo apt-get install --no-install-recommends chromium")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=found, args=["--no-sandbox"] if os.geteuid() == 0 else []
+        )
+        yield browser
+        browser.close()
+
+
+class Notebook:
+    """One notebook open in a page."""
+
+    def __init__(self, page, name):
+        self.page = page
+        self.name = name
+        self.errors = []
+        page.on("console", self._heard)
+        page.on("pageerror", lambda error: self.errors.append(f"uncaught: {error}"))
+
+    def _heard(self, message):
+        text = f"{message.text} ({message.location.get('url', '')})"
+        if message.type == "error" and not any(noise in text for noise in KNOWN_NOISE):
+            self.errors.append(text)
+
+    def run_cell(self, index):
+        """Run a code cell and wait until it is done."""
+        cell = self.page.locator(".jp-Notebook .jp-CodeCell").nth(index)
+        prompt = cell.locator(".jp-InputPrompt")
+        for tenth in range(600):
+            text = prompt.inner_text().strip("[]: \u200b")
+            if text.isdigit():
+                return cell
+            if not text and tenth % 30 == 0:  # a kernel that only just listens may lose a request
+                cell.locator(".cm-content").click()
+                self.page.keyboard.press("Control+Enter")
+            self.page.wait_for_timeout(100)
+        raise AssertionError(f"cell {index} did not end: {text!r}, {self.errors}")
+
+    def picture(self, what, locator=None):
+        PICTURES.mkdir(parents=True, exist_ok=True)
+        (locator or self.page).screenshot(path=PICTURES / f"{what}.png")
+
+
+@pytest.fixture
+def notebook(lab, browser):
+    """Open a notebook of some cells; at the end no error may have come from the browser."""
+    opened = []
+
+    def open_(name, *sources, **context):
+        lab.put(name, *sources)
+        page = browser.new_page(viewport={"width": 1400, "height": 1500}, **context)
+        page.set_default_timeout(30_000)
+        one = Notebook(page, name)
+        opened.append(one)
+        page.goto(lab.url(name))
+        page.locator(".jp-Notebook .jp-CodeCell").first.wait_for()
+        page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').wait_for()
+        while not any(session["kernel"]["connections"] for session in lab.get("api/sessions")):
+            page.wait_for_timeout(100)  # before, a request would ask which kernel to take
+        page.wait_for_timeout(500)
+        return one
+
+    yield open_
+    errors = [error for one in opened for error in one.errors]
+    for one in opened:
+        one.picture(f"{Path(one.name).stem}-last")
+        one.page.close()
+    for session in lab.get("api/sessions"):
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{lab.port}/api/sessions/{session['id']}", method="DELETE",
+            headers={"Authorization": f"token {lab.token}"},
+        )  # fmt: skip
+        urllib.request.urlopen(request, timeout=20).close()  # noqa: S310
+    assert not errors, "\n".join(errors)
