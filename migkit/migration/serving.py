@@ -35,7 +35,9 @@ _REQ_PAGES = int(Message.REQ_PAGES)
 _PAGE, _ZERO_FLAG = int(wire.RamFlag.PAGE), int(wire.RamFlag.ZERO)
 _REMOVAL_S = 10.0  # how long a guest may take to give memory back
 _RETRY_S = 0.0001
-_MOST_NOTED = 1024  # faults that are accounted for at once, at the latest
+# Faults are accounted for at once, after so many or so long at the latest: what was not dies with
+# an engine that is killed.
+_MOST_NOTED, _LATEST_NS = 1024, 100_000_000
 
 Numbers = npt.NDArray[np.int64]
 Column = Numbers | int
@@ -78,6 +80,7 @@ class FaultServer:
         self.last_fault = 0.0  # time.monotonic()
         self._faults: list[tuple[int, int, int, int]] = []  # page, tid, when read, when asked
         self._answers: list[tuple[int, int, int, int, int]] = []  # page, times, channel, kind
+        self._account_at = 0
         self._under_way = 0
         self._traces_ranges = trace.on("ram_load_range")
         self._traces_pages = any(
@@ -93,6 +96,8 @@ class FaultServer:
         """Read the faults that wait and request their pages, each page once."""
         messages = self._uffd.read()
         read = time.monotonic_ns()
+        if not self._faults:
+            self._account_at = read + _LATEST_NS
         base, size, received, requested = self._base, self._size, self._received, self.requested
         wanted = b""
         for event, flags, address, tid in messages:
@@ -112,7 +117,7 @@ class FaultServer:
         if wanted and self.asks:
             self._send(wanted)
         self.last_fault = read / 1e9
-        if len(self._faults) < _MOST_NOTED:
+        if len(self._faults) < _MOST_NOTED and read < self._account_at:
             self._loop.defer(self.account)
         else:
             self.account()

@@ -41,6 +41,7 @@ from migkit.trace.registry import Registry
 log = logging.getLogger(__name__)
 
 _WARM_UP_S = 0.05  # the guest runs a little before it is moved
+_LOST = "the guest's memory is lost for good: the destination guest died in post-copy"
 _GUEST_OPTIONS = {"memory", "page_size", "seed", "rate", "mem_lock"}
 _NOT_RECOVERED = {Status.POSTCOPY_PAUSED, Status.FAILED, Status.POSTCOPY_RECOVER_SETUP}
 
@@ -172,20 +173,21 @@ class Session:
             return any(monitor.reached(SOURCE, status, tried) for status in outcomes)
 
         if not monitor.wait_for(decided, timeout_s) or self.status in _NOT_RECOVERED:
+            if self._guests[DESTINATION].child.wait(1.0):  # its end takes a moment to be seen
+                raise MigrationError(_LOST)
             raise MigrationError(f"the recovery failed, {self.status}: {self.notices[-1]}")
 
     def _replace_the_dead(self) -> None:
         guest = self._guests[DESTINATION]
-        lost = "the guest's memory is lost for good: the destination guest died in post-copy"
         if not guest.is_alive:
-            raise MigrationError(lost)
+            raise MigrationError(_LOST)
         for role, engine in self._engines.items():
             if engine.gone:
                 try:
                     engine.restart(self._monitor.since_ns(role))
                 except MigrationError as error:
                     if guest.child.wait(1.0):  # its end takes a moment to be seen
-                        raise MigrationError(lost) from error
+                        raise MigrationError(_LOST) from error
                     raise
 
     def _have_it_listen(self, command: str) -> str:

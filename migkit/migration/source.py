@@ -84,9 +84,13 @@ class Source(Engine):
     def cancel(self) -> None:
         """Give up before the switchover (``migrate_cancel``)."""
         if self.committed:
+            reason = (
+                "the guest runs at the destination, part of its memory is still here"
+                if self._pages.in_postcopy
+                else "the guest has been handed over"
+            )
             raise MigrationError(
-                f"a migration in {self.state.status} cannot be cancelled: the guest runs at the "
-                "destination, part of its memory is still here"
+                f"a migration in {self.state.status} cannot be cancelled: {reason}"
             )
         self.cancel_asked = True
 
