@@ -24,8 +24,8 @@ lab: $(STAMP) ## Open JupyterLab on notebooks/
 test: $(STAMP) ## Run the tests, for 10 minutes at most (PYTEST_ARGS="-k wire -x")
 	timeout --foreground --signal=INT --kill-after=30 600 $(PYTHON) -m pytest $(PYTEST_ARGS)
 
-test-browser: $(STAMP) ## Press the buttons in a real browser; pictures go to build/browser/
-	timeout --foreground --signal=INT --kill-after=30 180 $(PYTHON) -m pytest tests/browser
+test-browser: docs ## Press the buttons in a real browser; pictures go to build/browser/
+	timeout --foreground --signal=INT --kill-after=30 300 $(PYTHON) -m pytest tests/browser
 
 lint: $(STAMP) ## Check style (ruff) and types (mypy --strict)
 	$(PYTHON) -m ruff check .

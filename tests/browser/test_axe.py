@@ -11,9 +11,8 @@ ROOT = Path(__file__).parents[2]
 SITE = ROOT / "build" / "docs"
 PAGES = (
     "index", "tutorial/index", "tutorial/01_first_migration", "how-to/install", "how-to/run",
-    "how-to/qemu", "reference/migkit", "reference/run", "reference/command-line",
-    "reference/options", "reference/tables", "reference/events", "reference/states",
-    "explanation/post-copy", "explanation/userfaultfd",
+    "how-to/qemu", "reference/migkit", "reference/command-line", "reference/events",
+    "reference/states", "explanation/post-copy",
 )  # fmt: skip
 SERIOUS = {"serious", "critical"}
 
