@@ -116,7 +116,7 @@ class Console:
         self._buttons = {
             name: ipw.Button(
                 description=text, icon=icon, button_style=style, tooltip=tooltip,
-                layout={"width": "128px", "height": "36px"},
+                layout={"width": "auto", "height": "36px"},
             )
             for name, (text, icon, style, tooltip) in _BUTTONS.items()
         }  # fmt: skip

@@ -42,6 +42,8 @@ class Lab:
         settings.mkdir(parents=True)
         asks = "@jupyterlab/apputils-extension:announcements"
         (settings / "page_config.json").write_text(json.dumps({"disabledExtensions": {asks: True}}))
+        themes = {"@jupyterlab/apputils-extension:themes": {"adaptive-theme": True}}
+        (settings / "default_setting_overrides.json").write_text(json.dumps(themes))
         self.log = (home / "lab.log").open("wb")
         self.process = subprocess.Popen(
             [
@@ -165,7 +167,7 @@ def notebook(lab, browser):
 
     def open_(name, *sources, **context):
         lab.put(name, *sources)
-        page = browser.new_page(viewport={"width": 1400, "height": 1500}, **context)
+        page = browser.new_page(viewport={"width": 1400, "height": 2100}, **context)
         page.set_default_timeout(30_000)
         one = Notebook(page, name)
         opened.append(one)

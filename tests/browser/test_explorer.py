@@ -6,6 +6,7 @@ def test_time_is_slid_a_span_is_brushed_a_fault_is_chosen(notebook):
         "explorer.ipynb",
         "import migkit; run = migkit.sample('slow-link')",
         "explorer = migkit.Explorer(run)\nexplorer",
+        color_scheme="dark",
     )
     one.run_cell(0)
     cell = one.run_cell(1)
