@@ -29,6 +29,7 @@ from benchmarks import (
     overhead,
     placement,
     reading,
+    widgets,
 )
 from benchmarks.floor import BUILD, program
 from benchmarks.result import Row, Scale
@@ -38,6 +39,7 @@ SUBJECTS = {
     "faults": faults, "background": background, "bulk": bulk, "migrations": migrations,
     "overhead": overhead, "emitting": emitting, "completeness": completeness,
     "links": links, "breaks": breaks, "reading": reading, "analysing": analysing,
+    "widgets": widgets,
 }  # fmt: skip
 
 _COLUMNS = "{:<35} {:<10} {:>10} {:>10} {:>9} {:>15} {:>8}  {}"

@@ -25,6 +25,13 @@ def explorer():
     return migkit.Explorer(migkit.sample("slow-link"))
 
 
+def test_it_begins_at_the_switchover():
+    one = migkit.Explorer(migkit.sample("slow-link"))
+    begin_ms = (one.run.downtime["start_ns"].iloc[0] - one.run.origin_ns) / 1e6
+    assert one._timeline.cursor_ms == pytest.approx(begin_ms, abs=5)
+    assert 0 < one._slider.value < one._slider.max
+
+
 def test_sliding_shows_the_states_of_that_moment(explorer):
     seen = []
     for step in (0, 200, 300, 400):

@@ -7,8 +7,11 @@ import sys
 import time
 import xml.etree.ElementTree as ET
 
+import nbclient
+import nbformat
 import numpy as np
 import pytest
+from nbconvert import HTMLExporter
 
 import migkit
 from migkit.errors import MigrationError, OptionError
@@ -25,7 +28,6 @@ from migkit.widgets.live import Latencies
 from migkit.widgets.look import LOOKS
 from migkit.widgets.pagemap import MOST_CELLS, count_states, draw, in_words, pack
 
-pytestmark = pytest.mark.usefixtures("nothing_left")
 PAGES = 4096
 
 
@@ -37,7 +39,7 @@ def until(happened, timeout_s=20.0):
 
 
 @pytest.fixture
-def console(tmp_path):
+def console(tmp_path, nothing_left):
     """Make Consoles that are closed whatever happens."""
     made = []
 
@@ -267,6 +269,7 @@ def test_the_state_of_a_page_follows_from_both_sides():
     ]  # fmt: skip
 
 
+@pytest.mark.usefixtures("nothing_left")
 def test_a_session_has_a_page_map_while_it_lives(session):
     one = session(postcopy="off", rate=100)
     with pytest.raises(MigrationError, match="not been started"):
@@ -397,3 +400,16 @@ def test_importing_migkit_loads_no_widgets():
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_nbconvert_shows_the_text_and_the_picture(tmp_path):
+    code = "import migkit\nmigkit.Console(memory='16MiB', probe='off')"
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+    client = nbclient.NotebookClient(
+        notebook, timeout=60, store_widget_state=False,
+        resources={"metadata": {"path": str(tmp_path)}},
+    )  # fmt: skip
+    client.execute()
+    page, _ = HTMLExporter().from_notebook_node(notebook)
+    assert "migkit Console: the migration is none" in page
+    assert "State machine of the migration: the source is none" in page

@@ -178,7 +178,7 @@ class _Changes:
         ranges = self._ranges(self._destination["ram_discard_range"], "start")
         if len(ranges[0]):
             ts, page = ranges  # at its beginning QEMU discards all, though nothing was sent
-            known = np.isin(page, early) if len(early) else ts >= self._switch
+            known = self._mask(early)[page] if len(early) else ts >= self._switch
             self._add(ts[known], page[known], PageState.DISCARDED)
             return
         (came_ts, came), (asked_ts, asked) = self._came, self._answered
@@ -186,8 +186,16 @@ class _Changes:
         finished = self._source["postcopy_discard_send_finish"]["ts_ns"].astype(np.int64)
         finished = finished[finished <= placed.min(initial=np.iinfo(np.int64).max)]
         if len(finished):
-            gone = np.intersect1d(early, np.concatenate([late, came, asked]))
+            gone = np.flatnonzero(
+                self._mask(early) & (self._mask(late) | self._mask(came) | self._mask(asked))
+            )
             self._add(np.full(len(gone), finished.max()), gone, PageState.DISCARDED)
+
+    def _mask(self, page: Ints) -> npt.NDArray[np.bool_]:
+        """Return which of the block's pages are among some."""
+        mask = np.zeros(self._block.n_pages, np.bool_)
+        mask[page[(page >= 0) & (page < len(mask))]] = True
+        return mask
 
     def postcopy(self) -> None:
         """Add what was under way, asked for and placed in post-copy."""
@@ -196,6 +204,8 @@ class _Changes:
         self._add(sent_ts[late], sent[late], PageState.SENT)
         self._add(*self._asked, PageState.REQUESTED)
         came_ts, came = self._came
-        unasked = ~np.isin(came, self._answered[1])
+        inside = (came >= 0) & (came < self._block.n_pages)
+        came_ts, came = came_ts[inside], came[inside]
+        unasked = ~self._mask(self._answered[1])[came]
         self._add(came_ts[unasked], came[unasked], PageState.BACKGROUND)
         self._add(*self._answered, PageState.ANSWERED)

@@ -18,10 +18,11 @@ _KINDS = (
     ("preempt_bytes", "requested", "#CC8800", _STRIPES.format(45, "#000000")),
 )
 STYLE = (
-    "<style>.migkit-cards{display:flex;flex-wrap:wrap;gap:12px;"
+    "<style>.migkit-cards{display:flex;flex-wrap:wrap;gap:8px;"
     "color:var(--jp-ui-font-color1,inherit);font:15px/1.45 var(--jp-ui-font-family,sans-serif)}"
-    ".migkit-cards section{border:1px solid #8c8c8c;border-radius:6px;padding:6px 12px;"
-    "flex:1 1 300px;min-width:280px}.migkit-cards h4{margin:0 0 4px;font-size:15px}"
+    ".migkit-cards section{border:1px solid #8c8c8c;border-radius:6px;padding:6px 8px;"
+    "flex:1 1 0;min-width:min-content;box-sizing:border-box}"
+    ".migkit-cards h4{margin:0 0 4px;font-size:15px}"
     ".migkit-cards td{padding:0 8px 0 0;white-space:nowrap}.migkit-cards td:nth-child(2)"
     "{text-align:right;font-variant-numeric:tabular-nums;font-weight:600}"
     ".migkit-bar{display:inline-block;height:13px;border:1px solid #666;vertical-align:-2px}"
@@ -75,7 +76,7 @@ def _faults(live: Live) -> str:
 
     rows = [
         ("page faults", f"{counts['faults']:,}", ""),
-        ("answered without the source", f"{counts['local_faults']:,}", ""),
+        ("answered on the spot", f"{counts['local_faults']:,}", ""),
         ("waiting now", f"{counts['outstanding']:,}", ""),
         ("half waited less than", wait(waits.quantile_us(0.5)), ""),
         ("99 % waited less than", wait(waits.quantile_us(0.99)), ""),
@@ -110,11 +111,12 @@ def _curve(live: Live) -> str:
         parts.append(
             f'<polyline points="{line}" fill="none" stroke="currentColor" stroke-width="2" {dash}/>'
         )
-    says = f"steps a second over the last {last - first:.0f} s, at most {most:,.0f}"
+    says = f"steps a second, at most {most:,.0f}, over {last - first:.0f} s"
     return (
-        f'<svg viewBox="0 0 280 44" width="280" height="44" role="img" aria-label="{says}">'
+        '<svg viewBox="0 0 280 44" style="width:100%;height:44px" preserveAspectRatio="none" '
+        f'role="img" aria-label="{says}">'
         f'{"".join(parts)}</svg><div style="font-size:12px">'
-        f"{says}; dashed: at the destination</div>"
+        f"{says};<br>dashed: at the destination</div>"
     )
 
 

@@ -116,7 +116,7 @@ class Console:
         self._buttons = {
             name: ipw.Button(
                 description=text, icon=icon, button_style=style, tooltip=tooltip,
-                layout={"width": "128px", "height": "36px"},
+                layout={"width": "auto", "height": "36px"},
             )
             for name, (text, icon, style, tooltip) in _BUTTONS.items()
         }  # fmt: skip
@@ -270,11 +270,7 @@ class Console:
         self._live, self._migration = live, migration
         self._options.selected_index = None
         self._busy.discard("start")
-        due = time.monotonic()
-        while migration.status not in ENDED and not self._closing.is_set():
-            self._update(live)
-            due = max(due + _PERIOD_S, time.monotonic())
-            self._closing.wait(due - time.monotonic())
+        self._show_until(lambda: migration.status in ENDED, live, self._closing)
         if self._closing.is_set() and migration.status in COMMANDS["cancel"]:
             migration.cancel()
         elif self._closing.is_set() and migration.status not in ENDED:
@@ -288,6 +284,14 @@ class Console:
             self._fail("; ".join(migration.errors) or "the migration failed")
         else:
             self._tell(f"{migration.status.capitalize()}: console.run is the Run, in {run.path}.")
+
+    def _show_until(self, ended: Callable[[], bool], live: Live, stop: threading.Event) -> None:
+        """Bring the panel up to date every period, until the end or a stop."""
+        due = time.monotonic()
+        while not ended() and not stop.is_set():
+            self._update(live)
+            due = max(due + _PERIOD_S, time.monotonic())
+            stop.wait(due - time.monotonic())
 
     def _update(self, live: Live) -> None:
         try:

@@ -32,8 +32,8 @@ _STYLE = (
 class Explorer:
     """A run with a time slider: page map, state machine, timeline, fault table, one fault's path.
 
-    ``migkit.Explorer(run)``, shown by its cell. ``faults`` is what the table lists: the faults of
-    the span brushed in the timeline, the longest first.
+    ``migkit.Explorer(run)``, shown by its cell; it begins at the switchover. ``faults`` is what
+    the table lists: the faults of the span brushed in the timeline, the longest first.
     """
 
     def __init__(self, run: Run) -> None:
@@ -50,11 +50,12 @@ class Explorer:
         if self._block.n_pages:
             self._map.resize(self._block.n_pages, self._block.page_size)
         self._time = ipw.HTML()
+        first = self._step(self._first_ms())
         self._slider = ipw.IntSlider(
-            value=_STEPS, max=_STEPS, readout=False, description="time",
+            value=first, max=_STEPS, readout=False, description="time",
             layout={"width": "70%", "min_width": "300px"},
         )  # fmt: skip
-        self._play = ipw.Play(max=_STEPS, interval=100, value=_STEPS)
+        self._play = ipw.Play(max=_STEPS, interval=100, value=first)
         ipw.jslink((self._play, "value"), (self._slider, "value"))
         self._diagram, self._path = ipw.HTML(), ipw.HTML()
         self._table = ipw.Select(rows=9, layout={"width": "100%", "max_width": "1024px"})
@@ -73,7 +74,7 @@ class Explorer:
         self._timeline.observe(self._brushed, "brush_ms")
         self._table.observe(self._chose, "value")
         self._brushed()
-        self.show(self._end_ms)
+        self._slid()
 
     def show(self, ms: float) -> None:
         """Show a moment, in ms since the run's first event."""
@@ -131,15 +132,26 @@ class Explorer:
             parts.append(f"{LOOKS[state].label} at {(ts_ns - self.run.origin_ns) / 1e6:,.2f} ms")
         return f"page {page:,}: " + " → ".join(parts)
 
+    def _first_ms(self) -> float:
+        """Return the moment to begin with: the switchover, where there was one."""
+        if len(downtime := self.run.downtime):
+            return float(downtime["start_ns"].iloc[0] - self.run.origin_ns) / 1e6
+        return (self._begin_ms + self._end_ms) / 2
+
+    def _step(self, ms: float) -> int:
+        """Return the slider's step for a moment."""
+        share = (ms - self._begin_ms) / max(self._end_ms - self._begin_ms, 1e-9)
+        return round(min(max(share, 0.0), 1.0) * _STEPS)
+
     # What was done.
 
-    def _slid(self, _: object) -> None:
+    def _slid(self, _: object = None) -> None:
         share = self._slider.value / _STEPS
         self.show(self._begin_ms + share * (self._end_ms - self._begin_ms))
 
     def _clicked(self, change: dict[str, Any]) -> None:
-        ms, span = change["new"], max(self._end_ms - self._begin_ms, 1e-9)
-        step = round((ms - self._begin_ms) / span * _STEPS)
+        ms = change["new"]
+        step = self._step(ms)
         if step != self._slider.value:
             with self._slider.hold_trait_notifications():
                 self._slider.unobserve(self._slid, "value")

@@ -57,7 +57,7 @@ class Latencies:
         if not below[-1]:
             return 0.0
         place = int(np.searchsorted(below, share * below[-1]))
-        return float(10 ** ((place + 0.5) / _BINS_A_DECADE))
+        return min(float(10 ** ((place + 0.5) / _BINS_A_DECADE)), self.greatest_us)
 
 
 class Live:

@@ -107,7 +107,8 @@ def _box(state: Status, current: Status, passed: Collection[str], destination: s
         lines[0] = f"▶ {lines[0]}"
     first = y + 6 - 9 * (len(lines) - 1)
     text = "".join(
-        f'<text x="{x}" y="{first + 18 * i}" text-anchor="middle" fill="{ink}">{line}</text>'
+        f'<text x="{x}" y="{first + 18 * i}" text-anchor="middle" fill="{ink}" '
+        f'font-size="{17 if len(line) < 12 else 15}">{line}</text>'
         for i, line in enumerate(lines)
     )
     tag = ""

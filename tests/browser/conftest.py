@@ -42,6 +42,8 @@ class Lab:
         settings.mkdir(parents=True)
         asks = "@jupyterlab/apputils-extension:announcements"
         (settings / "page_config.json").write_text(json.dumps({"disabledExtensions": {asks: True}}))
+        themes = {"@jupyterlab/apputils-extension:themes": {"adaptive-theme": True}}
+        (settings / "default_setting_overrides.json").write_text(json.dumps(themes))
         self.log = (home / "lab.log").open("wb")
         self.process = subprocess.Popen(
             [
@@ -81,6 +83,14 @@ class Lab:
         )
         with urllib.request.urlopen(request, timeout=5) as answer:  # noqa: S310
             return json.load(answer)
+
+    def post(self, path, method="POST"):
+        """Have the server's API do something."""
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}/{path}", method=method,
+            headers={"Authorization": f"token {self.token}"},
+        )  # fmt: skip
+        urllib.request.urlopen(request, timeout=20).close()  # noqa: S310
 
     def put(self, name, *sources):
         """Write a notebook of code cells."""
@@ -124,10 +134,25 @@ def browser():
         browser.close()
 
 
+def lab_processes(notebook):
+    """Return the command lines of migkit's processes that this JupyterLab's kernels started."""
+    mark, found = f"HOME={notebook.lab.root.parent / 'home'}".encode(), []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            environment = (process / "environ").read_bytes()
+            command = (process / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if mark in environment.split(b"\0") and b"migkit." in command:
+            found.append(command.replace(b"\0", b" ").decode())
+    return found
+
+
 class Notebook:
     """One notebook open in a page."""
 
-    def __init__(self, page, name):
+    def __init__(self, lab, page, name):
+        self.lab = lab
         self.page = page
         self.name = name
         self.errors = []
@@ -139,19 +164,63 @@ class Notebook:
         if message.type == "error" and not any(noise in text for noise in KNOWN_NOISE):
             self.errors.append(text)
 
-    def run_cell(self, index):
-        """Run a code cell and wait until it is done."""
-        cell = self.page.locator(".jp-Notebook .jp-CodeCell").nth(index)
+    def cell(self, index):
+        return self.page.locator(".jp-Notebook .jp-CodeCell").nth(index)
+
+    def start_cell(self, index):
+        """Ask for a code cell to be executed."""
+        self.cell(index).locator(".cm-content").click()
+        self.page.keyboard.press("Control+Enter")
+
+    def run_cell(self, index, before=""):
+        """Run a code cell and wait until it is done: its number is not what it was before."""
+        cell = self.cell(index)
         prompt = cell.locator(".jp-InputPrompt")
         for tenth in range(600):
             text = prompt.inner_text().strip("[]: \u200b")
-            if text.isdigit():
+            if text.isdigit() and text != before:
                 return cell
-            if not text and tenth % 30 == 0:  # a kernel that only just listens may lose a request
-                cell.locator(".cm-content").click()
-                self.page.keyboard.press("Control+Enter")
+            if text == before and tenth % 30 == 0:  # a kernel that just listens may lose a request
+                self.start_cell(index)
             self.page.wait_for_timeout(100)
         raise AssertionError(f"cell {index} did not end: {text!r}, {self.errors}")
+
+    def run_again(self, index):
+        """Run a code cell that was run before, in this kernel or an earlier one."""
+        prompt = self.cell(index).locator(".jp-InputPrompt")
+        return self.run_cell(index, prompt.inner_text().strip("[]: \u200b"))
+
+    def _kernel(self, what):
+        [session] = [s for s in self.lab.get("api/sessions") if s["path"] == self.name]
+        self.lab.post(f"api/kernels/{session['kernel']['id']}/{what}")
+
+    def restart_kernel(self):
+        """Restart the kernel as the toolbar's button does, and say yes."""
+        self.page.locator('[data-command="kernelmenu:restart"] jp-button, '
+                          '[data-jp-item-name="restart"] jp-button').first.click()  # fmt: skip
+        self.page.locator(".jp-Dialog .jp-mod-accept").click()
+        self.page.wait_for_timeout(2000)
+
+    def interrupt_kernel(self):
+        self._kernel("interrupt")
+
+    def open(self):
+        """Open the notebook and wait until its kernel listens."""
+        page, lab = self.page, self.lab
+        page.goto(lab.url(self.name))
+        page.locator(".jp-Notebook .jp-CodeCell").first.wait_for()
+        page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').wait_for()
+        while not any(session["kernel"]["connections"] for session in lab.get("api/sessions")):
+            page.wait_for_timeout(100)  # before, a request would ask which kernel to take
+        page.wait_for_timeout(500)
+
+    def reopen(self):
+        """Save, leave the page, wait a little, and come back."""
+        self.page.keyboard.press("Control+s")
+        self.page.wait_for_timeout(1000)
+        self.page.goto("about:blank")
+        self.page.wait_for_timeout(1000)
+        self.open()
 
     def picture(self, what, locator=None):
         PICTURES.mkdir(parents=True, exist_ok=True)
@@ -165,16 +234,11 @@ def notebook(lab, browser):
 
     def open_(name, *sources, **context):
         lab.put(name, *sources)
-        page = browser.new_page(viewport={"width": 1400, "height": 1500}, **context)
+        page = browser.new_page(viewport={"width": 1400, "height": 2100}, **context)
         page.set_default_timeout(30_000)
-        one = Notebook(page, name)
+        one = Notebook(lab, page, name)
         opened.append(one)
-        page.goto(lab.url(name))
-        page.locator(".jp-Notebook .jp-CodeCell").first.wait_for()
-        page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').wait_for()
-        while not any(session["kernel"]["connections"] for session in lab.get("api/sessions")):
-            page.wait_for_timeout(100)  # before, a request would ask which kernel to take
-        page.wait_for_timeout(500)
+        one.open()
         return one
 
     yield open_
@@ -183,9 +247,5 @@ def notebook(lab, browser):
         one.picture(f"{Path(one.name).stem}-last")
         one.page.close()
     for session in lab.get("api/sessions"):
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{lab.port}/api/sessions/{session['id']}", method="DELETE",
-            headers={"Authorization": f"token {lab.token}"},
-        )  # fmt: skip
-        urllib.request.urlopen(request, timeout=20).close()  # noqa: S310
+        lab.post(f"api/sessions/{session['id']}", "DELETE")
     assert not errors, "\n".join(errors)

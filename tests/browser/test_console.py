@@ -1,6 +1,9 @@
 """The Console as a class sees it: buttons, page map, states, a broken link, in a real browser."""
 
 import re
+import time
+
+from conftest import lab_processes
 
 MIGKIT = "import migkit"
 CONSOLE = "console = migkit.Console(memory='64MiB', link='200Mbit/s, 500us', probe='off')\nconsole"
@@ -14,10 +17,15 @@ def await_state(page, state):
     page.locator(f'svg.migkit-fsm[aria-label*="source is {state}"]').first.wait_for()
 
 
-def press(page, name):
-    button = page.locator(f"button.migkit-{name}")
-    page.wait_for_function("b => !b.disabled", arg=button.element_handle())
-    button.click()
+def press(where, name):
+    where.locator(f"button.migkit-{name}:not([disabled])").click()
+
+
+def await_no_process(one, timeout_s=20):
+    deadline = time.monotonic() + timeout_s
+    while left := lab_processes(one):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
 
 
 def await_change(page, root, before):
@@ -68,3 +76,77 @@ def test_a_migration_is_started_moved_broken_recovered_and_completed(notebook):
     assert at_source == dirty == discarded == requested == 0
     assert sent + background + answered == 16_384
     assert background
+
+
+def test_two_consoles_run_at_once_and_a_cell_run_again_replaces_its_own(notebook):
+    link = "link='50Mbit/s'"
+    one = notebook(
+        "two.ipynb",
+        MIGKIT,
+        f"a = migkit.Console(memory='16MiB', {link}, probe='off')\na",
+        f"b = migkit.Console('memtest', memory='16MiB', {link}, probe='off')\nb",
+        "print(a.status, b.wait(60).status)",
+    )
+    one.run_cell(0)
+    cells = [one.run_cell(1), one.run_cell(2)]
+    for cell in cells:
+        press(cell, "start")
+    for cell in cells:
+        await_state(cell, "active")
+    press(cells[1], "start_postcopy")
+    first = one.run_again(1)
+    first.get_by_text("Ready: set the options").wait_for()
+    assert first.locator("button.migkit-start").is_enabled()
+    await_state(cells[1], "completed")
+    printed = one.run_cell(3).locator(".jp-OutputArea-output")
+    assert printed.inner_text().strip() == "none completed"
+    await_no_process(one)
+
+
+def test_a_kernel_that_is_restarted_takes_its_migration_along(notebook):
+    one = notebook("restart.ipynb", MIGKIT, CONSOLE)
+    one.run_cell(0)
+    cell = one.run_cell(1)
+    press(cell, "start")
+    await_state(cell, "active")
+    assert len(lab_processes(one)) >= 4
+    one.restart_kernel()
+    await_no_process(one)
+    one.run_again(0)
+    cell = one.run_again(1)
+    press(cell, "start")
+    await_state(cell, "active")
+
+
+def test_an_interrupt_ends_the_waiting_not_the_migration(notebook):
+    one = notebook("interrupt.ipynb", MIGKIT, CONSOLE, "console.wait()", "print(console.run)")
+    one.run_cell(0)
+    cell = one.run_cell(1)
+    press(cell, "start")
+    await_state(cell, "active")
+    one.start_cell(2)
+    one.page.wait_for_timeout(1000)
+    seen = int(cell.locator(".migkit-pagemap").get_attribute("data-frames"))
+    root = cell.locator(".migkit-pagemap").element_handle()
+    one.page.wait_for_function(
+        "([el, n]) => Number(el.dataset.frames) > n + 4", arg=[root, seen]
+    )  # it goes on while the cell is busy
+    one.interrupt_kernel()
+    one.page.get_by_text("KeyboardInterrupt").first.wait_for()
+    press(cell, "cancel")
+    cell.get_by_text("Cancelled: console.run is the Run").wait_for()
+    await_no_process(one)
+
+
+def test_a_tab_that_is_closed_leaves_the_migration_to_end_by_itself(notebook):
+    one = notebook("closed.ipynb", MIGKIT, CONSOLE, "print(console.wait(60).status)")
+    one.run_cell(0)
+    cell = one.run_cell(1)
+    press(cell, "start")
+    await_state(cell, "active")
+    press(cell, "start_postcopy")
+    one.reopen()
+    assert one.run_again(2).locator(".jp-OutputArea-output").inner_text().strip() == "completed"
+    cell = one.page.locator(".jp-Notebook .jp-CodeCell").nth(1)
+    await_state(cell, "completed")
+    one.picture("console-reopened", cell)
