@@ -201,6 +201,20 @@ class Notebook:
         self.page.locator(".jp-Dialog .jp-mod-accept").click()
         self.page.wait_for_timeout(2000)
 
+    def run_all(self):
+        """Restart the kernel and run all cells, as the toolbar's button does; return the cells."""
+        self.page.locator('[data-jp-item-name="restart-and-run"] jp-button').click()
+        self.page.locator(".jp-Dialog .jp-mod-accept").click()
+        for _ in range(100):
+            self.page.wait_for_timeout(1000)
+            self.page.keyboard.press("Control+s")
+            saved = nbformat.read(self.lab.root / self.name, as_version=4)
+            cells = [cell for cell in saved.cells if cell.cell_type == "code"]
+            failed = [one for cell in cells for one in cell.outputs if one.output_type == "error"]
+            if failed or all(cell.execution_count for cell in cells):
+                return cells
+        raise AssertionError("the notebook did not come to its end")
+
     def interrupt_kernel(self):
         self._kernel("interrupt")
 
@@ -229,11 +243,14 @@ class Notebook:
 
 @pytest.fixture
 def notebook(lab, browser):
-    """Open a notebook of some cells; at the end no error may have come from the browser."""
+    """Open a notebook, of some cells or of ours; at the end the browser may not have complained."""
     opened = []
 
     def open_(name, *sources, **context):
-        lab.put(name, *sources)
+        if sources:
+            lab.put(name, *sources)
+        else:  # one of ours
+            shutil.copy(ROOT / "notebooks" / name, lab.root)
         page = browser.new_page(viewport={"width": 1400, "height": 2100}, **context)
         page.set_default_timeout(30_000)
         one = Notebook(lab, page, name)
