@@ -7,6 +7,4 @@ def test_the_map_of_the_course_runs_from_top_to_bottom(notebook):
     outputs = [output for cell in cells for output in cell.outputs]
     assert not [output for output in outputs if output.output_type == "error"]
     assert any("image/png" in output.get("data", {}) for output in outputs)
-    one.page.mouse.wheel(0, 100_000)
-    one.page.wait_for_timeout(500)
     one.picture("start-here")
