@@ -20,7 +20,7 @@ demo: $(STAMP) ## Migrate a guest, draw what happened, execute the first noteboo
 lab: $(STAMP) ## Open JupyterLab on notebooks/
 	.venv/bin/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks
 
-# They took 9 minutes on 2 cores that others used as well. At the limit pytest gets an interrupt:
+# They took 7 minutes on 2 cores, 9 where others used them too. At the limit pytest is interrupted:
 # it says where it was and tears its fixtures down.
 test: $(STAMP) ## Run the tests (PYTEST_ARGS="-k wire -x")
 	timeout --foreground --signal=INT --kill-after=30 840 $(PYTHON) -m pytest $(PYTEST_ARGS)
