@@ -115,3 +115,19 @@ def cancelled_run(recordings):
         migration.await_status("active")
         migration.cancel()
         return migration.wait(60)
+
+
+@pytest.fixture
+def in_postcopy(session):
+    """Make migrations that are in the middle of post-copy, held up by a rate limit."""
+
+    def make(workload="random", memory="32MiB", **options):
+        slow = {"rate": 3000, "max_postcopy_bandwidth": "24MiB"}
+        s = session(workload, memory, **{**slow, **options})
+        s.start()
+        s.start_postcopy()
+        s.await_status("postcopy-active")
+        time.sleep(0.1)
+        return s
+
+    return make

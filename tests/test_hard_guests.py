@@ -135,8 +135,6 @@ def test_two_threads_wait_for_one_page(session):
     s = in_postcopy(session(Threads, **{**SLOW, "rate": 500}))
     run = s.wait(60)
     assert s.verify()
-    if run.meta["probe"]["attached"]:
-        return
     several = run.faults.groupby("page")["tid"].nunique()
     assert several.max() == 2
 

@@ -26,28 +26,12 @@ from migkit.trace.simpletrace import read
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
 HUGE = 2 << 20
-SLOW = {"rate": 3000, "max_postcopy_bandwidth": "24MiB"}
-
-
-@pytest.fixture
-def paused(session):
-    """Make migrations that are in the middle of post-copy, held up by a rate limit."""
-
-    def make(workload="random", memory="32MiB", **options):
-        s = session(workload, memory, **{**SLOW, **options})
-        s.start()
-        s.start_postcopy()
-        s.await_status("postcopy-active")
-        time.sleep(0.1)
-        return s
-
-    return make
 
 
 @pytest.mark.parametrize("transport", ["unix", "tcp"])
 @pytest.mark.parametrize("preempt", [True, False])
-def test_a_migration_paused_by_hand_recovers_and_keeps_the_guest(paused, transport, preempt):
-    s = paused(transport=transport, postcopy_preempt=preempt)
+def test_a_migration_paused_by_hand_recovers_and_keeps_the_guest(in_postcopy, transport, preempt):
+    s = in_postcopy(transport=transport, postcopy_preempt=preempt)
     s.pause()
     assert s.await_end(20) == Status.POSTCOPY_PAUSED
     assert walk(s, "destination")[-1] == "postcopy-paused"
@@ -57,8 +41,8 @@ def test_a_migration_paused_by_hand_recovers_and_keeps_the_guest(paused, transpo
     is_legal(s)
 
 
-def test_a_migration_recovers_as_often_as_it_breaks(paused):
-    s = paused()
+def test_a_migration_recovers_as_often_as_it_breaks(in_postcopy):
+    s = in_postcopy()
     for _ in range(4):
         s.pause()
         assert s.await_end(20) == Status.POSTCOPY_PAUSED
@@ -69,8 +53,8 @@ def test_a_migration_recovers_as_often_as_it_breaks(paused):
     is_legal(s)
 
 
-def test_pause_and_recovery_emit_qemus_events_in_order(paused):
-    s = paused()
+def test_pause_and_recovery_emit_qemus_events_in_order(in_postcopy):
+    s = in_postcopy()
     s.pause()
     s.await_end(20)
     s.recover()
@@ -92,8 +76,8 @@ def test_pause_and_recovery_emit_qemus_events_in_order(paused):
         assert in_order(events_of(s, role), *wanted), role
 
 
-def test_the_guest_waits_in_the_outage_and_goes_on_after_it(paused):
-    s = paused(rate=0, max_postcopy_bandwidth="4MiB")
+def test_the_guest_waits_in_the_outage_and_goes_on_after_it(in_postcopy):
+    s = in_postcopy(rate=0, max_postcopy_bandwidth="4MiB")
     s.pause()
     s.await_end(20)
     time.sleep(0.2)  # it runs until it needs a page that is not here
@@ -106,8 +90,8 @@ def test_the_guest_waits_in_the_outage_and_goes_on_after_it(paused):
     assert s.verify()
 
 
-def test_a_fault_that_spans_the_outage_is_one_row(paused):
-    s = paused(rate=0, max_postcopy_bandwidth="4MiB")
+def test_a_fault_that_spans_the_outage_is_one_row(in_postcopy):
+    s = in_postcopy(rate=0, max_postcopy_bandwidth="4MiB")
     s.pause()
     s.await_end(20)
     time.sleep(0.5)
@@ -121,8 +105,8 @@ def test_a_fault_that_spans_the_outage_is_one_row(paused):
     assert (run.faults["outage_us"] > 0).sum() == 1
 
 
-def test_a_recovery_that_fails_leaves_it_paused_to_be_tried_again(paused, monkeypatch):
-    s = paused()
+def test_a_recovery_that_fails_leaves_it_paused_to_be_tried_again(in_postcopy, monkeypatch):
+    s = in_postcopy()
     s.pause()
     s.await_end(20)
     nowhere = {"uri": f"unix:{s._sockets}/nobody"}
@@ -159,8 +143,8 @@ def test_waiting_for_a_paused_migration_says_how_to_go_on_and_ends_nothing(tmp_p
     assert "paused" in run.phases["name"].tolist()
 
 
-def test_only_post_copy_can_be_paused_and_only_a_paused_one_recovered(paused):
-    s = paused(max_postcopy_bandwidth=0)
+def test_only_post_copy_can_be_paused_and_only_a_paused_one_recovered(in_postcopy):
+    s = in_postcopy(max_postcopy_bandwidth=0)
     assert s.await_end(60) == Status.COMPLETED
     with pytest.raises(MigrationError, match="only post-copy"):
         s.pause()
@@ -171,8 +155,8 @@ def test_only_post_copy_can_be_paused_and_only_a_paused_one_recovered(paused):
 @pytest.mark.skipif(
     huge_pages_free(HUGE) < 32 and os.geteuid() != 0, reason="no free huge pages of 2 MiB"
 )
-def test_huge_pages_recover_whole(huge_pages, paused):
-    s = paused(page_size=HUGE, memory="64MiB", rate=100)
+def test_huge_pages_recover_whole(huge_pages, in_postcopy):
+    s = in_postcopy(page_size=HUGE, memory="64MiB", rate=100)
     s.pause()
     assert s.await_end(20) == Status.POSTCOPY_PAUSED
     s.recover()
@@ -180,15 +164,15 @@ def test_huge_pages_recover_whole(huge_pages, paused):
     assert s.verify()
 
 
-def test_a_source_guest_that_dies_after_the_switch_is_no_loss(paused):
-    s = paused()
+def test_a_source_guest_that_dies_after_the_switch_is_no_loss(in_postcopy):
+    s = in_postcopy()
     os.kill(s._guests["source"].pid, signal.SIGKILL)
     assert s.await_end(60) == Status.COMPLETED
     assert s.verify()
 
 
-def test_a_destination_guest_that_dies_in_post_copy_is_said_to_be_lost_for_good(paused):
-    s = paused(max_postcopy_bandwidth="2MiB")
+def test_a_destination_guest_that_dies_in_post_copy_is_said_to_be_lost_for_good(in_postcopy):
+    s = in_postcopy(max_postcopy_bandwidth="2MiB")
     os.kill(s._guests["destination"].pid, signal.SIGKILL)
     assert s.await_end(30) == Status.FAILED, s.notices
     assert any("memory is lost for good" in error for error in s.errors)
@@ -197,8 +181,8 @@ def test_a_destination_guest_that_dies_in_post_copy_is_said_to_be_lost_for_good(
 
 
 @pytest.mark.parametrize("victim", ["source", "destination"])
-def test_an_interrupt_sent_to_an_engine_or_a_guest_changes_nothing(paused, victim):
-    s = paused()
+def test_an_interrupt_sent_to_an_engine_or_a_guest_changes_nothing(in_postcopy, victim):
+    s = in_postcopy()
     os.kill(s._engines[victim].child.pid, signal.SIGINT)
     os.kill(s._guests[victim].pid, signal.SIGINT)
     assert s.await_end(60) == Status.COMPLETED
@@ -206,8 +190,8 @@ def test_an_interrupt_sent_to_an_engine_or_a_guest_changes_nothing(paused, victi
 
 
 @pytest.mark.parametrize("victim", ["source", "destination"])
-def test_an_engine_that_stands_still_for_a_while_only_takes_longer(paused, victim):
-    s = paused()
+def test_an_engine_that_stands_still_for_a_while_only_takes_longer(in_postcopy, victim):
+    s = in_postcopy()
     pid = s._engines[victim].child.pid
     os.kill(pid, signal.SIGSTOP)
     time.sleep(0.7)
