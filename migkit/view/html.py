@@ -19,7 +19,7 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff;
 h1 { font-size: 1.6rem; line-height: 1.25; }
 h2 { font-size: 1.25rem; margin-top: 2.5rem; border-top: 1px solid #767676; padding-top: .75rem; }
 a { color: #00508f; }
-pre { background: #f4f4f4; padding: .75rem 1rem; overflow-x: auto; }
+pre { background: #f4f4f4; padding: .75rem 1rem; white-space: pre-wrap; }
 figure { margin: 1rem 0; }
 img { max-width: 100%; height: auto; }
 figcaption { color: #404040; }
