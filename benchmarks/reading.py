@@ -22,14 +22,14 @@ from benchmarks.result import Row, Scale
 from migkit.analysis.events import events_frame, frame_of_pieces
 from migkit.analysis.samples import TRACES
 from migkit.trace import logtrace
-from migkit.trace.chase import gather
 from migkit.trace.layout import HEADER, MAPPING, RECORD, header, mapping_record
 from migkit.trace.registry import Registry
-from migkit.trace.simpletrace import read_pieces
-from migkit.trace.walk import Walk
+from migkit.trace.simpletrace import read_pieces, walk_pieces
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from migkit.trace.chase import Records
 
 _EVENTS = (
     "postcopy_ram_fault_thread_request", "postcopy_page_req_add", "migrate_handle_rp_req_pages",
@@ -139,11 +139,8 @@ class _Header(NamedTuple):
     tid: int
 
 
-def _headers(file: Path) -> tuple[np.ndarray, np.ndarray]:
-    data = np.fromfile(file, np.uint8)
-    walk = Walk(data, Registry.load())
-    walk.run()
-    return walk.offsets, gather(data, walk.offsets, HEADER)
+def _headers(file: Path) -> list[Records]:
+    return [walk.records for _, walk in walk_pieces(file, Registry.load())]
 
 
 def _loop_headers(file: Path) -> tuple[list[int], list[_Header]]:

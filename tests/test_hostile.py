@@ -165,7 +165,7 @@ def test_lanes_of_different_length_cost_no_more_than_their_records():
     assert (trace.dropped, trace["guest_stopped"].size) == (20_000, 20_000)
     assert peak < 4 * len(data)
     start = FILE_HEADER.size + len(mapping_record(1, "guest_stopped"))
-    found = find_candidates(np.frombuffer(data, np.uint8), start).offsets
+    found = find_candidates(np.frombuffer(data, np.uint8), start).records.offsets
     assert found.size == 40_000
     assert (np.diff(found) > 0).all()
 

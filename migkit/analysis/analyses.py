@@ -88,9 +88,7 @@ class Analyses(abc.ABC):
     @cached_property
     def end_ns(self) -> int:
         """When the run's last event occurred."""
-        ends = [int(rows["ts_ns"].max()) for trace in self.traces.values()
-                for rows in trace.events.values() if len(rows)]  # fmt: skip
-        return max(ends, default=0)
+        return max((trace.span_ns[1] for trace in self.traces.values()), default=0)
 
     @cached_property
     def states(self) -> pd.DataFrame:

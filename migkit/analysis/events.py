@@ -12,6 +12,7 @@ import pandas as pd
 import pyarrow as pa
 
 from migkit.analysis import schema
+from migkit.trace.chase import chunks
 from migkit.trace.dialect import canonical
 from migkit.trace.logtrace import LogTrace
 from migkit.trace.printcolumns import print_columns
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from migkit.trace.registry import Event
     from migkit.trace.simpletrace import Trace
 
 _TEXT = pa.large_string()
@@ -102,20 +102,50 @@ def _part(process: str, trace: Trace, codes: dict[str, int]) -> _Part:
         table = np.array([codes.setdefault(name, len(codes)) for name in log.names], np.int32)
         sides = np.full(len(log), side, np.int8)
         return _Part(log.ts_ns, sides, log.tid, table[log.code], log.args)
-    events = {n: rows for n, rows in trace.events.items() if n not in trace.derived and len(rows)}
-    if not events:
+    printed = {n: _print(trace, n) for n in trace.events if n not in trace.derived}
+    printed = {name: each for name, each in printed.items() if len(each.seq)}
+    if not printed:
         none = np.zeros(0, np.int64)
         return _Part(none, none.astype(np.int8), none, none.astype(np.int32), pa.array([], _TEXT))
     ts, seq, tid = (
-        np.concatenate([rows[name] for rows in events.values()]).astype(np.int64)
-        for name in ("ts_ns", "seq", "tid")
+        np.concatenate([getattr(each, name) for each in printed.values()]).astype(np.int64)
+        for name in ("ts", "seq", "tid")
     )
-    own = [codes.setdefault(trace.originals.get(n, n), len(codes)) for n in events]
-    code = np.repeat(np.array(own, np.int32), [len(rows) for rows in events.values()])
-    text = pa.concat_arrays([_texts(trace.registry[n], rows) for n, rows in events.items()])
+    own = [codes.setdefault(trace.originals.get(n, n), len(codes)) for n in printed]
+    code = np.repeat(np.array(own, np.int32), [len(each.seq) for each in printed.values()])
+    text = pa.concat_arrays([text for each in printed.values() for text in each.texts])
     order = _by_place(seq)
     sides = np.full(len(ts), side, np.int8)
     return _Part(ts[order], sides, tid[order], code[order], text.take(pa.array(order)))
+
+
+@dataclass(frozen=True)
+class _Printed:
+    """The records of one event: columns (n,), ``texts`` the Arrow arrays of their arguments."""
+
+    ts: npt.NDArray[np.uint64]
+    seq: npt.NDArray[np.int64]
+    tid: npt.NDArray[np.uint32]
+    texts: list[Any]
+
+
+def _print(trace: Trace, name: str) -> _Printed:
+    """Print the arguments of one event's records as QEMU's log does."""
+    event = trace.registry[name]
+    if recorded := trace.recorded.get(name):
+        heads = recorded.records.headers
+        seq = recorded.seq
+        arguments = recorded.arguments()
+    else:
+        heads = rows = trace.events[name]
+        seq = rows["seq"].astype(np.int64)
+        columns = [rows[field] for field in (rows.dtype.names or ())[3:]]
+        arguments = ([column[chunk] for column in columns] for chunk in chunks(len(rows)))
+    if event.args:
+        texts = [print_columns(event, each) for each in arguments]
+    else:
+        texts = [pa.repeat(pa.scalar(event.format, _TEXT), len(seq))]
+    return _Printed(heads["ts_ns"], seq, heads["tid"], texts)
 
 
 def _by_place(seq: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -152,10 +182,3 @@ def event_frame(traces: Mapping[str, Trace], name: str) -> pd.DataFrame:
 
 def _categories(codes: npt.NDArray[Any], names: Sequence[str]) -> pd.Categorical[Any]:
     return pd.Categorical.from_codes(codes, dtype=pd.CategoricalDtype(list(names)))
-
-
-def _texts(event: Event, rows: npt.NDArray[np.void]) -> Any:
-    """Print the arguments of one event's records as QEMU's log does, an Arrow array."""
-    if not event.args:
-        return pa.repeat(pa.scalar(event.format, _TEXT), len(rows))
-    return print_columns(event, [rows[name] for name in (rows.dtype.names or ())[3:]])

@@ -57,8 +57,8 @@ def page_frame(traces: Mapping[str, Trace], page: int, guest: Guest) -> pd.DataF
     chosen = {}
     for side, trace in traces.items():
         events = {
-            name: rows[_about(name, rows, page, guest)]
-            for name, rows in trace.events.items()
+            name: trace.events[name][_about(name, trace.events[name], page, guest)]
+            for name in trace.events
             if name in _FIELDS
         }
         chosen[side] = Trace(

@@ -24,9 +24,8 @@ def states_frame(traces: Mapping[str, Trace], origin_ns: int) -> pd.DataFrame:
     """
     rows = []
     for side, trace in traces.items():
-        last = max((int(r["ts_ns"].max()) for r in trace.events.values() if len(r)), default=0)
         walk = np.sort(trace["migrate_set_state"], order=("ts_ns", "seq"))
-        times = [*walk["ts_ns"].tolist(), last]
+        times = [*walk["ts_ns"].tolist(), trace.span_ns[1]]
         old = "none" if len(walk) and walk["new_state"][0] == "setup" else ""
         for i, new in enumerate(walk["new_state"].tolist()):
             fits = not old or is_known(side, old, new)

@@ -96,7 +96,7 @@ def _with(trace: Trace, derived: dict[str, npt.NDArray[np.void]]) -> Trace:
     new = {name: rows for name, rows in derived.items() if name not in trace.events}
     if isinstance(trace, LogTrace):
         return replace(trace, events=trace.events.joined(new), derived=frozenset(new))
-    return replace(trace, events={**trace.events, **new}, derived=frozenset(new))
+    return replace(trace, events=ChainMap(new, trace.events), derived=frozenset(new))  # type: ignore[arg-type]
 
 
 def _of_source(trace: Trace) -> Iterator[tuple[str, npt.NDArray[np.void]]]:

@@ -12,10 +12,12 @@ steps record by record until it meets a candidate again. Wrong guesses cost time
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from numpy.lib.stride_tricks import sliding_window_view
 
 from migkit.trace.layout import HEADER, MAX_EVENT_ID, MIN_LENGTH, RECORD, TYPE_BYTES
 
@@ -28,6 +30,7 @@ Scalar = TypeVar("Scalar", bound=np.generic)
 
 WORD = np.dtype(np.uint64)
 
+_OPAQUE_HEADER = np.dtype((np.void, HEADER.itemsize))
 _LENGTH_AT = 24
 _LANE_BYTES = 16384
 _CHUNK = 1 << 15
@@ -60,39 +63,53 @@ def chunks(count: int) -> Iterator[slice]:
 
 
 @dataclass(frozen=True)
-class Candidates:
-    """Offsets that look like whole records, ascending, and after which of them a link breaks."""
+class Records:
+    """Whole event records: where each begins and its header, of type ``HEADER``."""
 
     offsets: Offsets
+    headers: npt.NDArray[np.void]
+
+    def __getitem__(self, chosen: slice | npt.NDArray[np.intp]) -> Records:
+        headers = self.headers.view(_OPAQUE_HEADER)[chosen].view(HEADER)
+        return Records(self.offsets[chosen], headers)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What looks like whole records, ascending, and after which of them a link breaks."""
+
+    records: Records
     breaks: npt.NDArray[np.intp]
 
-    def run_from(self, offset: int) -> Offsets:
+    def run_from(self, offset: int) -> Records:
         """Return the longest run of records that begins at an offset; empty if none does."""
-        first = int(np.searchsorted(self.offsets, offset))
-        if first == self.offsets.size or self.offsets[first] != offset:
-            return self.offsets[:0]
+        offsets = self.records.offsets
+        first = int(np.searchsorted(offsets, offset))
+        if first == offsets.size or offsets[first] != offset:
+            return self.records[:0]
         last = int(self.breaks[np.searchsorted(self.breaks, first)])
-        return self.offsets[first : last + 1]
+        return self.records[first : last + 1]
 
 
 def find_candidates(data: Bytes, start: int) -> Candidates:
     """Chase the records from ``start`` on; what is found is a guess, see the module."""
     guesses = _chase(data, start)
-    linked = np.empty(guesses.size, np.bool_)
+    headers = gather(data, guesses, HEADER)
     good = np.empty(guesses.size, np.bool_)
+    linked = np.zeros(guesses.size, np.bool_)
     for chunk in chunks(guesses.size):
-        at = guesses[chunk]
-        headers = gather(data, at, HEADER)
-        ends = at + headers["length"] + TYPE_BYTES
-        good[chunk] = headers["type"] == RECORD
-        good[chunk] &= (headers["length"] >= MIN_LENGTH) & (ends <= data.size)
-        successors = np.append(guesses[chunk.start + 1 : chunk.stop + 1], -1)[: at.size]
-        linked[chunk] = ends == successors
+        lengths = headers["length"][chunk]
+        good[chunk] = headers["type"][chunk] == RECORD
+        good[chunk] &= lengths >= MIN_LENGTH
+        gaps = np.diff(guesses[chunk.start : chunk.stop + 1])
+        np.equal(gaps - TYPE_BYTES, lengths[: gaps.size], out=linked[chunk][: gaps.size])
+    breaks = np.flatnonzero(~linked)
+    good[breaks] &= guesses[breaks] + headers["length"][breaks] + TYPE_BYTES <= data.size
     if not good.all():
         # A good record before a bad one breaks there; the last good one has no successor.
         linked[:-1] &= good[1:]
-        guesses, linked = guesses[good], linked[good]
-    return Candidates(guesses, np.flatnonzero(~linked))
+        guesses, headers, breaks = guesses[good], headers[good], np.flatnonzero(~linked[good])
+    return Candidates(Records(guesses, headers), breaks)
 
 
 def _chase(data: Bytes, start: int) -> Offsets:
@@ -102,21 +119,35 @@ def _chase(data: Bytes, start: int) -> Offsets:
         return np.zeros(0, np.int64)
     firsts = _guess_firsts(data, start, stop)
     limits = np.append(firsts[1:], stop)
-    lengths = np.ndarray((stop + 1,), np.uint32, data.data, _LENGTH_AT, strides=(1,))
     found = []
     at = firsts
     while at.size:
-        steps = np.empty((_STEPS_A_ROUND, at.size), np.int64)
-        for step in steps:
-            step[:] = at
-            at = at + lengths[at]
-            at += TYPE_BYTES
-            np.minimum(at, limits, out=at)  # a lane that is done waits at its limit
-        by_lane = steps.T
+        steps = _step(data, at)
+        at, by_lane = steps[-1], steps[:-1].T
         found.append(by_lane[by_lane < limits[:, None]])
         going = at < limits  # lanes can be of very different lengths: each costs only its own
         at, limits = at[going], limits[going]
     return np.sort(np.concatenate(found), kind="stable")
+
+
+def _step(data: Bytes, at: Offsets) -> Offsets:
+    """Return where each lane goes from its offset on, a row a step.
+
+    Single bytes are gathered several times as fast as words that may lie at any alignment, and
+    most records are so short that the lowest byte tells their length, few longer than two tell.
+    """
+    low, high = data[_LENGTH_AT:], data[_LENGTH_AT + 1 :]
+    steps = np.empty((_STEPS_A_ROUND + 1, at.size), np.int64)
+    steps[0] = at
+    for here, there in pairwise(steps):
+        np.add(here, low.take(here, mode="clip"), out=there)
+        np.add(there, TYPE_BYTES, out=there)
+    if high.take(steps[:-1], mode="clip").any():
+        for here, there in pairwise(steps):
+            lengths = high.take(here, mode="clip").astype(np.int64) << 8
+            lengths += low.take(here, mode="clip")
+            np.add(here, lengths + TYPE_BYTES, out=there)
+    return steps
 
 
 def _guess_firsts(data: Bytes, start: int, stop: int) -> Offsets:
@@ -125,14 +156,15 @@ def _guess_firsts(data: Bytes, start: int, stop: int) -> Offsets:
     if lanes < 2:
         return np.array([start])
     bounds = np.linspace(start, stop, lanes, endpoint=False).astype(np.int64)[1:]
-    window = (bounds[:, None] + np.arange(_GUESS_BYTES)).ravel()
-    window = window[window < stop]
-    words = gather(data, window, WORD)
-    at = window[words == RECORD]
+    windows = sliding_window_view(data, _GUESS_BYTES + 1)[bounds]
+    # The first two bytes of RECORD leave few places to look at more closely.
+    like_type = (windows[:, :-1] == 1) & (windows[:, 1:] == 0)
+    lane, place = divmod(np.flatnonzero(like_type), _GUESS_BYTES)
+    at = bounds[lane] + place
     headers = gather(data, at, HEADER)
     ends = at + headers["length"] + TYPE_BYTES
-    plausible = (headers["length"] >= MIN_LENGTH) & (headers["length"] <= _GUESS_LENGTH)
-    plausible &= (headers["id"] <= MAX_EVENT_ID) & (ends < stop)
+    plausible = (headers["type"] == RECORD) & (headers["id"] <= MAX_EVENT_ID) & (ends < stop)
+    plausible &= (headers["length"] >= MIN_LENGTH) & (headers["length"] <= _GUESS_LENGTH)
     at, ends = at[plausible], ends[plausible]
     at = at[gather(data, ends, WORD) == RECORD]
     lane = np.searchsorted(bounds, at, side="right")

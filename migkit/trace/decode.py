@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -11,13 +13,17 @@ from migkit.trace.chase import chunks, gather
 from migkit.trace.layout import HEADER, MAX_STRING, TYPE_BYTES
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import numpy.typing as npt
 
-    from migkit.trace.chase import Bytes, Offsets
+    from migkit.trace.chase import Bytes, Offsets, Records, Scalar
     from migkit.trace.registry import Event
 
 _COMMON = {"ts_ns": np.uint64, "tid": np.uint32, "seq": np.uint64}
 _COMMON_STRINGS = 8
+_MAX_COPIED = 1 << 16
+_WORD_BYTES = 8
 _TEXT_LENGTH = np.dtype(np.uint32)
 
 
@@ -47,61 +53,125 @@ def payload_bounds(event: Event) -> tuple[int, int]:
     return least, least + MAX_STRING * strings
 
 
-def decode(data: Bytes, event: Event, offsets: Offsets, seq: Offsets) -> npt.NDArray[np.void]:
-    """Decode the records of one event that begin at ``offsets`` and lie within the data.
+@dataclass(frozen=True)
+class EventRecords:
+    """All records of one event as they lie in the data, and what the event's arguments are."""
 
-    Raises TraceFormatError for a payload that does not fit the event's arguments.
+    event: Event
+    data: Bytes
+    records: Records
+    seq: Offsets
+    """Each record's place in the file."""
+
+    def check(self) -> None:
+        """Raise TraceFormatError unless each record holds exactly the event's arguments."""
+        for payloads in self._payloads():
+            for argument in self.event.args:
+                payloads.skip(payloads.text_lengths() if argument.is_string else _WORD_BYTES)
+            payloads.check_end()
+
+    def rows(self) -> npt.NDArray[np.void]:
+        """Return them as an array of `event_dtype`; raises what `check` does."""
+        rows = np.empty(self.seq.size, event_dtype(self.event))
+        headers = self.records.headers
+        rows["ts_ns"], rows["tid"], rows["seq"] = headers["ts_ns"], headers["tid"], self.seq
+        names = _field_names(self.event)
+        for chunk, columns in zip(chunks(self.seq.size), self.arguments(), strict=True):
+            for name, column in zip(names, columns, strict=True):
+                rows[name][chunk] = column
+        return rows
+
+    def arguments(self) -> Iterator[list[npt.NDArray[Any]]]:
+        """Yield the arguments of some records at a time, an array each; raises as `check`."""
+        dtype = event_dtype(self.event)
+        dtypes = [dtype[name] for name in _field_names(self.event)]
+        for payloads in self._payloads():
+            yield [
+                payloads.strings() if argument.is_string else payloads.take(item)
+                for argument, item in zip(self.event.args, dtypes, strict=True)
+            ]
+            payloads.check_end()
+
+    def _payloads(self) -> Iterator[_Payloads]:
+        for chunk in chunks(self.seq.size):
+            yield _Payloads(self.data, self.event, self.records[chunk])
+
+
+class _Payloads:
+    """The payloads of some records of an event, all read side by side, argument by argument.
+
+    While the records are alike, what they have at one place is a column of a copy of them. From
+    the first argument on whose length differs, each record has a place of its own.
     """
-    rows = np.empty(offsets.size, event_dtype(event))
-    rows["seq"] = seq
-    for chunk in chunks(offsets.size):
-        _decode_chunk(data, event, offsets[chunk], rows[chunk])
-    return rows
 
+    def __init__(self, data: Bytes, event: Event, records: Records) -> None:
+        self._data = data
+        self._event = event
+        self._offsets = records.offsets
+        self._ends = records.headers["length"].astype(np.int64) + TYPE_BYTES
+        self._at: Offsets | int = HEADER.itemsize
+        size = int(self._ends[0])
+        self._alike = size <= _MAX_COPIED and bool((self._ends == size).all())
 
-def _decode_chunk(data: Bytes, event: Event, offsets: Offsets, rows: npt.NDArray[np.void]) -> None:
-    """Decode records into rows, argument by argument, with a cursor in each record."""
-    headers = gather(data, offsets, HEADER)
-    rows["ts_ns"], rows["tid"] = headers["ts_ns"], headers["tid"]
-    at = offsets + HEADER.itemsize
-    ends = offsets + TYPE_BYTES + headers["length"]
-    for name, arg in zip(_field_names(event), event.args, strict=True):
-        if arg.is_string:
-            _check(event, offsets, ends, at + 4 <= ends)
-            lengths = gather(data, at, _TEXT_LENGTH).astype(np.int64)
-            at = at + 4
-            _check(event, offsets, ends, at + lengths <= ends)
-            rows[name] = _strings(data, at, lengths)
-            at = at + lengths
-        else:
-            _check(event, offsets, ends, at + 8 <= ends)
-            rows[name] = gather(data, at, rows.dtype[name])
-            at = at + 8
-    _check(event, offsets, ends, at == ends)
+    def take(self, item: np.dtype[Scalar]) -> npt.NDArray[Scalar]:
+        """Return the next item of each record."""
+        at = self.skip(item.itemsize)
+        if not self._alike:
+            return gather(self._data, self._offsets + at, item)
+        copies = self._copies
+        return np.ndarray(copies.shape, item, copies.data, cast("int", at), copies.strides)
 
+    def text_lengths(self) -> Offsets:
+        """Return the length of the next string of each record."""
+        return self.take(_TEXT_LENGTH).astype(np.int64)
 
-def _check(event: Event, offsets: Offsets, ends: Offsets, fits: npt.NDArray[np.bool_]) -> None:
-    """Raise TraceFormatError for the first record that does not fit."""
-    if fits.all():
-        return
-    bad = int(np.argmin(fits))
-    arguments = ", ".join(f"{arg.ctype} {arg.name}" for arg in event.args) or "void"
-    raise TraceFormatError(
-        f"offset {offsets[bad]}: expected the arguments of {event.name}({arguments}), "
-        f"got {ends[bad] - offsets[bad] - HEADER.itemsize} bytes that do not hold exactly these"
-    )
+    def strings(self) -> npt.NDArray[np.object_]:
+        """Return the next string of each record; equal ones of equal length share one str."""
+        lengths = self.text_lengths()
+        length = int(lengths[0])
+        if self._alike and 0 < length <= _MAX_COPIED and (lengths == length).all():
+            return _equal_length_strings(self.take(np.dtype((np.void, length))))
+        at = self._offsets + self.skip(lengths)
+        texts = np.full(at.size, "", object)
+        order = np.argsort(lengths, kind="stable")
+        bounds = np.flatnonzero(np.diff(lengths[order])) + 1
+        for group in np.split(order, bounds):
+            if length := int(lengths[group[0]]):
+                item = np.dtype((np.void, length))
+                texts[group] = _equal_length_strings(gather(self._data, at[group], item))
+        return texts
 
+    def check_end(self) -> None:
+        """Raise TraceFormatError unless everything has been taken."""
+        self._check(self._ends == self._at)
 
-def _strings(data: Bytes, at: Offsets, lengths: Offsets) -> npt.NDArray[np.object_]:
-    """Decode strings; equal ones of equal length share one str."""
-    texts = np.full(at.size, "", object)
-    order = np.argsort(lengths, kind="stable")
-    bounds = np.flatnonzero(np.diff(lengths[order])) + 1
-    for group in np.split(order, bounds):
-        length = int(lengths[group[0]]) if group.size else 0
-        if length:
-            texts[group] = _equal_length_strings(gather(data, at[group], np.dtype(f"V{length}")))
-    return texts
+    def skip(self, sizes: Offsets | int) -> Offsets | int:
+        """Go behind the next item of each record; return where it lies in the record."""
+        if self._alike and not isinstance(sizes, int):
+            if (sizes == sizes[0]).all():
+                sizes = int(sizes[0])
+            else:
+                self._alike = False
+        at, self._at = self._at, self._at + sizes
+        self._check(self._ends >= self._at)
+        return at
+
+    @cached_property
+    def _copies(self) -> npt.NDArray[np.void]:
+        """The records, where they are alike, side by side."""
+        return gather(self._data, self._offsets, np.dtype((np.void, int(self._ends[0]))))
+
+    def _check(self, fits: npt.NDArray[np.bool_] | np.bool_) -> None:
+        """Raise TraceFormatError for the first record that does not fit."""
+        if fits.all():
+            return
+        bad = int(np.argmin(fits))
+        event = self._event
+        arguments = ", ".join(f"{arg.ctype} {arg.name}" for arg in event.args) or "void"
+        raise TraceFormatError(
+            f"offset {self._offsets[bad]}: expected the arguments of {event.name}({arguments}), "
+            f"got {self._ends[bad] - HEADER.itemsize} bytes that do not hold exactly these"
+        )
 
 
 def _equal_length_strings(items: npt.NDArray[np.void]) -> npt.NDArray[np.object_]:
@@ -111,10 +181,9 @@ def _equal_length_strings(items: npt.NDArray[np.void]) -> npt.NDArray[np.object_
     for _ in range(_COMMON_STRINGS):
         if not left.size:
             return texts
-        first = items[left[0]]
-        equal = items[left] == first
-        texts[left[equal]] = first.tobytes().decode("utf-8", "backslashreplace")
-        left = left[~equal]
-    for row in left.tolist():
-        texts[row] = items[row].tobytes().decode("utf-8", "backslashreplace")
+        equal = items == items[0]
+        texts[left[equal]] = items[0].tobytes().decode("utf-8", "backslashreplace")
+        left, items = left[~equal], items[~equal]
+    for row, item in zip(left.tolist(), items, strict=True):
+        texts[row] = item.tobytes().decode("utf-8", "backslashreplace")
     return texts

@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import mmap
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from migkit.errors import MissingEventError, TraceFormatError, close_matches
-from migkit.trace.chase import WORD, chunks, gather
-from migkit.trace.decode import decode, event_dtype
+from migkit.trace.chase import WORD, gather
+from migkit.trace.decode import EventRecords, event_dtype
 from migkit.trace.layout import (
     DROPPED_ID,
     HEADER,
@@ -23,16 +24,17 @@ from migkit.trace.layout import (
     header,
     mapping_record,
 )
+from migkit.trace.lazy import LazyArrays
 from migkit.trace.registry import Registry
 from migkit.trace.walk import Walk, check_header
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     import numpy.typing as npt
 
-    from migkit.trace.chase import Bytes, Offsets
+    from migkit.trace.chase import Bytes, Records
     from migkit.trace.registry import Event
 
 __all__ = [
@@ -43,9 +45,11 @@ __all__ = [
     "read",
     "read_pieces",
     "sort_by_event",
+    "walk_pieces",
 ]
 
-PIECE_BYTES = 16 << 20
+PIECE_BYTES = 8 << 20
+_PIECES_KEPT = 4
 
 
 @dataclass(frozen=True)
@@ -73,14 +77,14 @@ class Trace:
     """Events among them that nobody recorded, but that follow from others."""
     originals: Mapping[str, str] = field(default_factory=dict)
     """What the file calls an event that has another name here."""
+    recorded: Mapping[str, EventRecords] = field(default_factory=dict)
+    """Those of the events that were read from a file and are decoded when they are asked for."""
+    known_span_ns: tuple[int, int] | None = None
 
     @property
     def span_ns(self) -> tuple[int, int]:
         """When the first and the last event occurred, zeros if none did."""
-        stamps = [rows["ts_ns"] for rows in self.events.values() if len(rows)]
-        if not stamps:
-            return 0, 0
-        return min(int(ts.min()) for ts in stamps), max(int(ts.max()) for ts in stamps)
+        return self.known_span_ns or _span([rows["ts_ns"] for rows in self.events.values()])
 
     def __getitem__(self, name: str) -> npt.NDArray[np.void]:
         """Return one event's records, none if it did not occur; MissingEventError if unknown."""
@@ -131,27 +135,39 @@ def read_pieces(
     The pieces hold the same records, and raise the same errors, as one `read` of the file.
     """
     registry = Registry.load() if registry is None else registry
+    if Path(path).stat().st_size < 2 * n_bytes:
+        yield read(path, registry, forms)
+        return
+    first = 0
+    for data, walk in walk_pieces(path, registry, n_bytes=n_bytes):
+        yield sort_by_event(data, walk, registry, forms or registry.forms, first)
+        first += walk.records.offsets.size
+
+
+def walk_pieces(
+    path: str | os.PathLike[str], registry: Registry, *, n_bytes: int = PIECE_BYTES
+) -> Iterator[tuple[Bytes, Walk]]:
+    """Walk through a trace file a piece at a time; yield what lies up to its end, and the walk.
+
+    Raises what `read` does. The data stays readable, but takes memory only for a few pieces.
+    """
     with Path(path).open("rb") as file:
-        size = file.seek(0, 2)
-        if size < 2 * n_bytes:
-            yield read(path, registry, forms)
-            return
         mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
     data = np.frombuffer(mapped, np.uint8)
     check_header(data)
     names: dict[int, str] = {}
-    start, first, step = len(header()), 0, n_bytes
-    while start < size:
-        end = min(start + step, size)
-        walk = Walk(data[:end], registry, names, start, more=end < size)
+    start, step = len(header()), n_bytes
+    while start < data.size:
+        end = min(start + step, data.size)
+        walk = Walk(data[:end], registry, names, start, more=end < data.size)
         walk.run()
         if walk.end == start:  # a record longer than a piece, or a tail of zeros
             step *= 2
             continue
-        yield sort_by_event(data[:end], walk, registry, forms or registry.forms, first)
-        first += walk.offsets.size
+        yield data[:end], walk
         start, step = walk.end, n_bytes
-        mapped.madvise(mmap.MADV_DONTNEED, 0, start & -mmap.PAGESIZE)
+        passed = max(start - _PIECES_KEPT * n_bytes, 0)
+        mapped.madvise(mmap.MADV_DONTNEED, 0, passed & -mmap.PAGESIZE)
 
 
 def sort_by_event(
@@ -161,47 +177,49 @@ def sort_by_event(
     forms: Callable[[str], Sequence[Event]],
     first: int = 0,
 ) -> Trace:
-    """Decode the records that a walk has found, event by event; ``first`` lie before them."""
-    offsets = walk.offsets
+    """Return the records that a walk has found, by event; ``first`` lie before them."""
+    records = walk.records
     names = list(dict.fromkeys(walk.names.values()))
-    kinds = _kinds(data, offsets, walk.names, names)
+    kinds = _kinds(records, walk.names, names)
     order = np.argsort(kinds, kind="stable")
     lasts = np.cumsum(np.bincount(kinds, minlength=len(names) + 1))
     of_kind = np.split(order, lasts[:-1])
-    events, unknown = {}, {}
-    taken = {}
+    recorded, unknown = {}, {}
     for name, rows in zip(names, of_kind[:-1], strict=True):
         if not rows.size:
             continue
         if candidates := forms(name):
-            taken[name], events[name] = _decode_first(data, candidates, offsets[rows], rows + first)
+            whole = partial(EventRecords, data=data, records=records[rows], seq=rows + first)
+            recorded[name] = _first_fitting([whole(form) for form in candidates])
         else:
             unknown[name] = int(rows.size)
     lost = of_kind[-1]
-    dropped = _count_dropped(data, offsets[lost])
+    dropped = _count_dropped(data, records[lost])
     return Trace(
-        registry=registry.with_forms(taken),
-        events=events,
-        n_records=offsets.size - lost.size,
+        registry=registry.with_forms({name: each.event for name, each in recorded.items()}),
+        events=LazyArrays({name: each.rows for name, each in recorded.items()}),
+        recorded=recorded,
+        n_records=kinds.size - lost.size,
         dropped=dropped,
         unknown=unknown,
         missing_bytes=walk.missing_bytes,
         warnings=(*_warnings(dropped, unknown), *walk.warnings),
+        known_span_ns=_span([records.headers["ts_ns"][kinds < len(names)]]),
     )
 
 
-def _decode_first(
-    data: Bytes, forms: Sequence[Event], offsets: Offsets, rows: Offsets
-) -> tuple[Event, npt.NDArray[np.void]]:
-    """Decode one event's records with the first form that fits; raise for the last if none."""
-    for form in forms[:-1]:
+def _first_fitting(candidates: Sequence[EventRecords]) -> EventRecords:
+    """Return the first whose event fits its records; raise for the last if none does."""
+    for each in candidates[:-1]:
         with contextlib.suppress(TraceFormatError):
-            return form, decode(data, form, offsets, rows)
-    return forms[-1], decode(data, forms[-1], offsets, rows)
+            each.check()
+            return each
+    candidates[-1].check()
+    return candidates[-1]
 
 
 def _kinds(
-    data: Bytes, offsets: Offsets, names_by_id: dict[int, str], names: list[str]
+    records: Records, names_by_id: dict[int, str], names: list[str]
 ) -> npt.NDArray[np.uint16]:
     """Return for each record its name's index in ``names``, or their number for a dropped one.
 
@@ -214,31 +232,35 @@ def _kinds(
     for event_id, name in names_by_id.items():
         table[event_id] = index[name]
     table[DROPPED_ID & 0xFFFF] = len(names)
-    kinds = np.empty(offsets.size, np.uint16)
-    for chunk in chunks(offsets.size):
-        ids = gather(data, offsets[chunk] + TYPE_BYTES, WORD)
-        kinds[chunk] = table[ids.astype(np.uint16)]
-        bad = (kinds[chunk] == no_kind) | ((ids > MAX_EVENT_ID) & (ids != DROPPED_ID))
-        if bad.any():
-            row = int(np.argmax(bad))
-            raise TraceFormatError(
-                f"offset {offsets[chunk][row] + TYPE_BYTES}: expected an event id that a mapping "
-                f"record names, got {int(ids[row]):#x}"
-            )
+    ids = records.headers["id"]
+    kinds = table[ids.astype(np.uint16)]
+    bad = (kinds == no_kind) | ((ids > MAX_EVENT_ID) & (ids != DROPPED_ID))
+    if bad.any():
+        row = int(np.argmax(bad))
+        raise TraceFormatError(
+            f"offset {records.offsets[row] + TYPE_BYTES}: expected an event id that a mapping "
+            f"record names, got {int(ids[row]):#x}"
+        )
     return kinds
 
 
-def _count_dropped(data: Bytes, offsets: Offsets) -> int:
+def _span(stamps: Iterable[npt.NDArray[np.uint64]]) -> tuple[int, int]:
+    """Return the first and the last time, zeros if there is none."""
+    ends = [(int(ts.min()), int(ts.max())) for ts in stamps if len(ts)]
+    return (min(first for first, _ in ends), max(last for _, last in ends)) if ends else (0, 0)
+
+
+def _count_dropped(data: Bytes, records: Records) -> int:
     """Add up the counts of dropped records."""
-    lengths = gather(data, offsets, HEADER)["length"]
+    lengths = records.headers["length"]
     fits = lengths == MIN_LENGTH + 8
     if not fits.all():
         row = int(np.argmin(fits))
         raise TraceFormatError(
-            f"offset {offsets[row] + 24}: expected the length of a record of dropped events, "
-            f"{MIN_LENGTH + 8}, got {lengths[row]}"
+            f"offset {records.offsets[row] + 24}: expected the length of a record of dropped "
+            f"events, {MIN_LENGTH + 8}, got {lengths[row]}"
         )
-    return sum(gather(data, offsets + HEADER.itemsize, WORD).tolist())
+    return sum(gather(data, records.offsets + HEADER.itemsize, WORD).tolist())
 
 
 def _warnings(dropped: int, unknown: dict[str, int]) -> Iterator[str]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from migkit.errors import TraceFormatError
-from migkit.trace.chase import Candidates, find_candidates, gather
+from migkit.trace.chase import Candidates, Records, find_candidates
 from migkit.trace.decode import payload_bounds
 from migkit.trace.layout import (
     DROPPED_ID,
@@ -32,7 +32,7 @@ from migkit.trace.layout import (
 )
 
 if TYPE_CHECKING:
-    from migkit.trace.chase import Bytes, Offsets
+    from migkit.trace.chase import Bytes
     from migkit.trace.registry import Registry
 
 _MAX_NAME = 1024
@@ -61,8 +61,8 @@ def check_header(data: Bytes) -> None:
 class Walk:
     """One pass over a trace, or over a part of one; `run` fills the attributes.
 
-    ``names`` maps event ids to names; ``offsets`` is where the event records begin, those that
-    count dropped ones among them. With ``more`` the data is only the trace's beginning: ``end`` is
+    ``names`` maps event ids to names; ``records`` are the event records, those that count dropped
+    ones among them. With ``more`` the data is only the trace's beginning: ``end`` is
     where the first record lies that is not whole, from which the next part is walked.
     """
 
@@ -81,15 +81,18 @@ class Walk:
         self.warnings: list[str] = []
         self._data = data
         self._registry = registry
-        self._offsets: list[Offsets] = []
+        self._records: list[Records] = []
         self._start = start
         self._more = more
 
     @property
-    def offsets(self) -> Offsets:
-        """Where the event records begin."""
-        parts = self._offsets or [np.zeros(0, np.int64)]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+    def records(self) -> Records:
+        """The event records."""
+        parts = self._records or [Records(np.zeros(0, np.int64), np.zeros(0, HEADER))]
+        if len(parts) == 1:
+            return parts[0]
+        offsets, headers = zip(*((part.offsets, part.headers) for part in parts), strict=True)
+        return Records(np.concatenate(offsets), np.concatenate(headers))
 
     def run(self) -> None:
         """Walk to the end; raises TraceFormatError at the first thing that is no record."""
@@ -114,11 +117,10 @@ class Walk:
     def _take_run(self, at: int, candidates: Candidates) -> int:
         """Take all records from an offset on that the chase linked; return their end, or 0."""
         run = candidates.run_from(at)
-        if not run.size:
+        if not run.offsets.size:
             return 0
-        self._offsets.append(run)
-        (last,) = gather(self._data, run[-1:], HEADER).tolist()
-        return int(run[-1]) + TYPE_BYTES + int(last[3])
+        self._records.append(run)
+        return int(run.offsets[-1]) + TYPE_BYTES + int(run.headers["length"][-1])
 
     def _take_one(self, at: int) -> int:
         """Take the event record at an offset; return its end."""
@@ -134,7 +136,7 @@ class Walk:
         if end > self._data.size:
             self._check_cut_off(at, event_id, length)
             return self._stop(at)
-        self._offsets.append(np.array([at]))
+        self._records.append(Records(np.array([at]), np.frombuffer(raw, HEADER)))
         return end
 
     def _check_cut_off(self, at: int, event_id: int, length: int) -> None:
