@@ -8,17 +8,13 @@ on one side, each one back on the other; the closest of thousands leave some mic
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from migkit.trace.lazy import LazyArrays
 from migkit.trace.logtrace import LogTrace
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     import numpy.typing as npt
 
     from migkit.trace.simpletrace import Trace
@@ -112,21 +108,12 @@ def shifted(trace: Trace, offset_ns: int) -> Trace:
         return trace
     if isinstance(trace, LogTrace):
         return trace.shifted(offset_ns)
-    events = LazyArrays(
-        {name: partial(_moved, trace.events, name, offset_ns) for name in trace.events}
-    )
-    first, last = trace.span_ns
-    return replace(
-        trace, events=events, recorded={}, known_span_ns=(first + offset_ns, last + offset_ns)
-    )
-
-
-def _moved(
-    events: Mapping[str, npt.NDArray[np.void]], name: str, offset_ns: int
-) -> npt.NDArray[np.void]:
-    moved: npt.NDArray[np.void] = events[name].copy()
-    moved["ts_ns"] = (moved["ts_ns"].astype(np.int64) + offset_ns).astype(np.uint64)
-    return moved
+    events = {}
+    for name, rows in trace.events.items():
+        moved = rows.copy()
+        moved["ts_ns"] = (moved["ts_ns"].astype(np.int64) + offset_ns).astype(np.uint64)
+        events[name] = moved
+    return replace(trace, events=events)
 
 
 Keyed = tuple["npt.NDArray[np.int64]", "npt.NDArray[np.int64]"]

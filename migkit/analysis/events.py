@@ -14,6 +14,7 @@ import pyarrow as pa
 from migkit.analysis import schema
 from migkit.trace.chase import chunks
 from migkit.trace.dialect import canonical
+from migkit.trace.recorded import RecordedEvents
 from migkit.trace.logtrace import LogTrace
 from migkit.trace.printcolumns import print_columns
 
@@ -132,9 +133,9 @@ class _Printed:
 def _print(trace: Trace, name: str) -> _Printed:
     """Print the arguments of one event's records as QEMU's log does."""
     event = trace.registry[name]
-    if recorded := trace.recorded.get(name):
-        heads = recorded.records.headers
-        seq = recorded.seq
+    if isinstance(trace.events, RecordedEvents):
+        recorded = trace.events.recorded[name]
+        heads, seq = recorded.records.headers, recorded.seq
         arguments = recorded.arguments()
     else:
         heads = rows = trace.events[name]

@@ -20,7 +20,7 @@ from migkit.errors import OptionError, TraceFormatError
 from migkit.trace import logtrace, simpletrace
 from migkit.trace.dialect import Dialect, canonical
 from migkit.trace.folder import FORMAT, ROLES, SAMPLES_DTYPE
-from migkit.trace.lazy import LazyArrays
+from migkit.trace.recorded import RecordedEvents
 from migkit.trace.loglines import open_plain
 from migkit.trace.registry import Registry
 from migkit.trace.simpletrace import Trace
@@ -125,11 +125,10 @@ def _read(
 
 def _canonical(trace: Trace) -> Trace:
     """Return a trace with its events under their canonical names."""
-    recorded = {canonical(name): each for name, each in trace.recorded.items()}
+    recorded = trace.events.recorded if isinstance(trace.events, RecordedEvents) else {}
     return dataclasses.replace(
         trace,
-        events=LazyArrays({name: each.rows for name, each in recorded.items()}),
-        recorded=recorded,
+        events=RecordedEvents({canonical(name): each for name, each in recorded.items()}),
         originals={canonical(n): n for n in trace.events if canonical(n) != n},
     )
 

@@ -24,6 +24,7 @@ import numpy as np
 from migkit.analysis.faults import Guest
 from migkit.analysis.join import Occurrences
 from migkit.trace.decode import event_dtype
+from migkit.trace.recorded import RecordedEvents
 from migkit.trace.logtrace import LogTrace
 from migkit.trace.simpletrace import Trace
 
@@ -96,7 +97,9 @@ def _with(trace: Trace, derived: dict[str, npt.NDArray[np.void]]) -> Trace:
     new = {name: rows for name, rows in derived.items() if name not in trace.events}
     if isinstance(trace, LogTrace):
         return replace(trace, events=trace.events.joined(new), derived=frozenset(new))
-    return replace(trace, events=ChainMap(new, trace.events), derived=frozenset(new))  # type: ignore[arg-type]
+    if isinstance(trace.events, RecordedEvents):
+        return replace(trace, events=trace.events.joined(new), derived=frozenset(new))
+    return replace(trace, events={**trace.events, **new}, derived=frozenset(new))
 
 
 def _of_source(trace: Trace) -> Iterator[tuple[str, npt.NDArray[np.void]]]:

@@ -24,13 +24,13 @@ from migkit.trace.layout import (
     header,
     mapping_record,
 )
-from migkit.trace.lazy import LazyArrays
+from migkit.trace.recorded import RecordedEvents
 from migkit.trace.registry import Registry
 from migkit.trace.walk import Walk, check_header
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     import numpy.typing as npt
 
@@ -77,14 +77,16 @@ class Trace:
     """Events among them that nobody recorded, but that follow from others."""
     originals: Mapping[str, str] = field(default_factory=dict)
     """What the file calls an event that has another name here."""
-    recorded: Mapping[str, EventRecords] = field(default_factory=dict)
-    """Those of the events that were read from a file and are decoded when they are asked for."""
-    known_span_ns: tuple[int, int] | None = None
 
     @property
     def span_ns(self) -> tuple[int, int]:
         """When the first and the last event occurred, zeros if none did."""
-        return self.known_span_ns or _span([rows["ts_ns"] for rows in self.events.values()])
+        if isinstance(self.events, RecordedEvents):
+            return self.events.span_ns
+        stamps = [rows["ts_ns"] for rows in self.events.values() if len(rows)]
+        if not stamps:
+            return 0, 0
+        return min(int(ts.min()) for ts in stamps), max(int(ts.max()) for ts in stamps)
 
     def __getitem__(self, name: str) -> npt.NDArray[np.void]:
         """Return one event's records, none if it did not occur; MissingEventError if unknown."""
@@ -197,14 +199,12 @@ def sort_by_event(
     dropped = _count_dropped(data, records[lost])
     return Trace(
         registry=registry.with_forms({name: each.event for name, each in recorded.items()}),
-        events=LazyArrays({name: each.rows for name, each in recorded.items()}),
-        recorded=recorded,
+        events=RecordedEvents(recorded),
         n_records=kinds.size - lost.size,
         dropped=dropped,
         unknown=unknown,
         missing_bytes=walk.missing_bytes,
         warnings=(*_warnings(dropped, unknown), *walk.warnings),
-        known_span_ns=_span([records.headers["ts_ns"][kinds < len(names)]]),
     )
 
 
@@ -242,12 +242,6 @@ def _kinds(
             f"record names, got {int(ids[row]):#x}"
         )
     return kinds
-
-
-def _span(stamps: Iterable[npt.NDArray[np.uint64]]) -> tuple[int, int]:
-    """Return the first and the last time, zeros if there is none."""
-    ends = [(int(ts.min()), int(ts.max())) for ts in stamps if len(ts)]
-    return (min(first for first, _ in ends), max(last for _, last in ends)) if ends else (0, 0)
 
 
 def _count_dropped(data: Bytes, records: Records) -> int:
