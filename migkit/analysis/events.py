@@ -14,9 +14,9 @@ import pyarrow as pa
 from migkit.analysis import schema
 from migkit.trace.chase import chunks
 from migkit.trace.dialect import canonical
-from migkit.trace.recorded import RecordedEvents
 from migkit.trace.logtrace import LogTrace
 from migkit.trace.printcolumns import print_columns
+from migkit.trace.recorded import RecordedEvents
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -20,8 +20,8 @@ from migkit.errors import OptionError, TraceFormatError
 from migkit.trace import logtrace, simpletrace
 from migkit.trace.dialect import Dialect, canonical
 from migkit.trace.folder import FORMAT, ROLES, SAMPLES_DTYPE
-from migkit.trace.recorded import RecordedEvents
 from migkit.trace.loglines import open_plain
+from migkit.trace.recorded import RecordedEvents
 from migkit.trace.registry import Registry
 from migkit.trace.simpletrace import Trace
 

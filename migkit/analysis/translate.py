@@ -24,8 +24,8 @@ import numpy as np
 from migkit.analysis.faults import Guest
 from migkit.analysis.join import Occurrences
 from migkit.trace.decode import event_dtype
-from migkit.trace.recorded import RecordedEvents
 from migkit.trace.logtrace import LogTrace
+from migkit.trace.recorded import RecordedEvents
 from migkit.trace.simpletrace import Trace
 
 if TYPE_CHECKING:
