@@ -102,11 +102,10 @@ def _user_rows(
 ) -> tuple[dict[str, Ints], Bools]:
     """Return the rows of faults that had a message, and which kernel records they took up."""
     size = guest.page_size
-    requests = destination[STAGE_EVENTS["read"]]
-    order = np.argsort(requests["ts_ns"], kind="stable")
-    read = requests["ts_ns"][order].astype(np.int64)
-    page = requests["offset"][order].astype(np.int64) // size
-    tid = requests["pid"][order].astype(np.int64)
+    requests = destination.columns(STAGE_EVENTS["read"], "ts_ns", "offset", "pid")
+    order = np.argsort(requests[0], kind="stable")
+    read, offset, tid = (column[order].astype(np.int64) for column in requests)
+    page = offset // size
 
     ends = Occurrences.both(
         _occurrences(destination, "postcopy_request_placed", "offset", size, "kind"),
@@ -152,18 +151,19 @@ def _add_stages(rows: dict[str, Ints], source: Trace, destination: Trace, guest:
     size = guest.page_size
     kind = rows.pop("kind")
     rows["zero"] = np.where(kind == _LOCALLY, _NONE, kind)
+    reading = _Reading(rows["read"], rows["page"])
     came = _occurrences(destination, STAGE_EVENTS["received"], "offset", size, "channel")
-    arrival = _until(came, rows, rows["placed"])
+    arrival = reading.first_until(came, rows["placed"])
     rows["received"], rows["channel"] = came.times(arrival), take(came.value, arrival, _NONE)
     # What the source did about a page after it had come is not what the guest waited for.
     bound = np.where(rows["received"] > 0, rows["received"], rows["placed"])
     asked = _occurrences(destination, STAGE_EVENTS["requested"], "addr", size, base=guest.address)
     heard = _occurrences(source, STAGE_EVENTS["received_by_source"], "start", size)
     for stage, occurrences in (("requested", asked), ("received_by_source", heard)):
-        rows[stage] = occurrences.times(_until(occurrences, rows, bound))
+        rows[stage] = occurrences.times(reading.first_until(occurrences, bound))
     # Stamped after the fact, see the top; a page is sent for one request at most, so no bound.
     went = _occurrences(source, STAGE_EVENTS["sent"], "offset", 1)
-    rows["sent"] = np.where(kind == _LOCALLY, 0, went.times(_from_read(went, rows)))
+    rows["sent"] = np.where(kind == _LOCALLY, 0, went.times(reading.first_in(went)))
 
     answered = (rows["sent"] > 0) | (rows["channel"] == 1)
     told = guest.preempt or STAGE_EVENTS["sent"] in guest.recorded
@@ -173,31 +173,36 @@ def _add_stages(rows: dict[str, Ints], source: Trace, destination: Trace, guest:
     )  # fmt: skip
 
 
-def _from_read(what: Occurrences, rows: dict[str, Ints]) -> Ints:
-    """Return the index of the first occurrence on each row's page from its ``read`` on."""
-    order = np.argsort(rows["read"], kind="stable")
-    index = np.empty(len(order), np.int64)
-    index[order] = what.first_from(rows["read"][order], rows["page"][order])
-    return index
+class _Reading:
+    """When each row's message was read, and for which page."""
 
+    def __init__(self, read: Ints, page: Ints) -> None:
+        self._order = np.argsort(read, kind="stable")
+        self._read, self._page = read[self._order], page[self._order]
 
-def _until(what: Occurrences, rows: dict[str, Ints], bound: Ints) -> Ints:
-    """Return the index of the first occurrence from ``read`` on, -1 if it is after ``bound``.
+    def first_in(self, what: Occurrences) -> Ints:
+        """Return the index of the first occurrence on each row's page from the reading on."""
+        index = np.empty(len(self._order), np.int64)
+        index[self._order] = what.first_from(self._read, self._page)
+        return index
 
-    A bound of 0 is none: the fault was never resolved.
-    """
-    index = _from_read(what, rows)
-    return np.where((bound > 0) & (what.times(index) > bound), -1, index)
+    def first_until(self, what: Occurrences, bound: Ints) -> Ints:
+        """Return the same, but -1 if it is after ``bound``.
+
+        A bound of 0 is none: the fault was never resolved.
+        """
+        index = self.first_in(what)
+        return np.where((bound > 0) & (what.times(index) > bound), -1, index)
 
 
 def _occurrences(
     trace: Trace, event: str, field: str, size: int, value: str | int = 0, *, base: int = 0
 ) -> Occurrences:
     """Return an event's records; the page is ``(field - base) / size``, the value another field."""
-    records = trace[event]
-    page = (records[field].astype(np.int64) - base) // size
-    values = records[value].astype(np.int64) if isinstance(value, str) else value
-    return Occurrences.of(records["ts_ns"], page, values)
+    fields = ["ts_ns", field] + ([value] if isinstance(value, str) else [])
+    ts, place, *values = trace.columns(event, *fields)
+    page = (place.astype(np.int64) - base) // size
+    return Occurrences.of(ts, page, values[0].astype(np.int64) if values else value)
 
 
 def _kernel_rows(kernel: dict[str, Ints], chosen: Bools, guest: Guest) -> dict[str, Ints]:

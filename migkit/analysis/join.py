@@ -101,8 +101,9 @@ def _asof(
     """Return for each ``ts`` the index of the nearest ``other_ts`` of the same key, or -1."""
     if not len(ts) or not len(other_ts):
         return np.full(len(ts), -1, np.int64)
-    left = pd.DataFrame({"ts": ts, "key": key})
-    right = pd.DataFrame({"ts": other_ts, "key": other_key, "index": np.arange(len(other_ts))})
+    left = pd.DataFrame({"ts": ts, "key": key}, copy=False)
+    index = np.arange(len(other_ts))
+    right = pd.DataFrame({"ts": other_ts, "key": other_key, "index": index}, copy=False)
     merged = pd.merge_asof(left, right, on="ts", by="key", direction=direction)
     found: Ints = merged["index"].fillna(-1).to_numpy().astype(np.int64)
     return found

@@ -132,23 +132,22 @@ def _transfers(trace: Trace, side: str, page_size: int) -> npt.NDArray[np.int64]
     not whether it was zero and count as data, the destination's have a range's stamp when they
     came in one.
     """
-    ranges = trace["ram_save_range" if side == "source" else "ram_load_range"]
+    event = "ram_save_range" if side == "source" else "ram_load_range"
+    ranges = np.stack(
+        trace.columns(event, "ts_ns", "len", "kind"), axis=1, dtype=np.int64, casting="unsafe"
+    )
     if not len(ranges):
         return None
     if side == "source":
-        alone = trace["postcopy_preempt_send_host_page"]
-        kind = np.zeros(len(alone), np.int64)
+        (ts,) = trace.columns("postcopy_preempt_send_host_page", "ts_ns")
+        kind = np.zeros(len(ts), np.int64)
     else:
-        placed = trace["postcopy_request_placed"]
-        alone = placed[~np.isin(placed["ts_ns"], ranges["ts_ns"])]
-        kind = alone["kind"]
-    sizes = np.full(len(alone), page_size)
-    moved = np.concatenate(
-        [
-            np.stack([ranges["ts_ns"], ranges["len"], ranges["kind"]], axis=1).astype(np.int64),
-            np.stack([alone["ts_ns"], sizes, kind], axis=1).astype(np.int64),
-        ]
-    )
+        ts, kind = trace.columns("postcopy_request_placed", "ts_ns", "kind")
+        alone = ~np.isin(ts, ranges[:, 0])
+        ts, kind = ts[alone], kind[alone]
+    sizes = np.full(len(ts), page_size)
+    alone = np.stack([ts, sizes, kind], axis=1, dtype=np.int64, casting="unsafe")
+    moved = np.concatenate([ranges, alone])
     ordered: npt.NDArray[np.int64] = moved[np.argsort(moved[:, 0], kind="stable")]
     return ordered
 

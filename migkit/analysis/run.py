@@ -263,12 +263,16 @@ class Run(Analyses):
     @property
     def _faulting_blocks(self) -> list[Guest]:
         """The RAM blocks that had faults, where there are several: a QEMU's guest has."""
-        faulted = set(self.traces["destination"][STAGE_EVENTS["read"]]["ramblock"].tolist())
+        blocks = self.meta.get("blocks", ())
+        if len(blocks) < 2:
+            return []
+        (names,) = self.traces["destination"].columns(STAGE_EVENTS["read"], "ramblock")
+        faulted = set(names.tolist())
         return [
             replace(
                 self._guest, block=block["name"], address=block["address"], n_bytes=block["size"]
             )
-            for block in self.meta.get("blocks", ())
+            for block in blocks
             if block["name"] in faulted
         ]
 

@@ -81,6 +81,24 @@ class EventRecords:
                 rows[name][chunk] = column
         return rows
 
+    def columns(self, *fields: str) -> tuple[npt.NDArray[Any], ...]:
+        """Return some fields of `rows`, without the others; raises what `check` does."""
+        dtype = event_dtype(self.event)
+        columns = {name: np.empty(self.seq.size, dtype[name]) for name in fields}
+        common = {"ts_ns": self.records.headers["ts_ns"], "tid": self.records.headers["tid"]}
+        common["seq"] = self.seq
+        columns |= {name: common[name].astype(dtype[name]) for name in fields if name in common}
+        for chunk, payloads in zip(chunks(self.seq.size), self._payloads(), strict=True):
+            for name, argument in zip(_field_names(self.event), self.event.args, strict=True):
+                if name not in columns:
+                    payloads.skip(payloads.text_lengths() if argument.is_string else _WORD_BYTES)
+                elif argument.is_string:
+                    columns[name][chunk] = payloads.strings()
+                else:
+                    columns[name][chunk] = payloads.take(dtype[name])
+            payloads.check_end()
+        return tuple(columns[name] for name in fields)
+
     def arguments(self) -> Iterator[list[npt.NDArray[Any]]]:
         """Yield the arguments of some records at a time, an array each; raises as `check`."""
         dtype = event_dtype(self.event)

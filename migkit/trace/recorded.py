@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -48,6 +48,12 @@ class RecordedEvents(Mapping[str, Rows]):
         if name not in self._decoded:
             self._decoded[name] = self.recorded[name].rows()
         return self._decoded[name]
+
+    def columns(self, name: str, *fields: str) -> tuple[npt.NDArray[Any], ...]:
+        """Return some fields of a recorded event, from its rows if they are decoded already."""
+        if name not in self._decoded:
+            return self.recorded[name].columns(*fields)
+        return tuple(self._decoded[name][field] for field in fields)
 
     def __contains__(self, name: object) -> bool:
         """Tell whether there are any, without decoding them."""

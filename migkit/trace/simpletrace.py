@@ -7,7 +7,7 @@ import mmap
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -96,6 +96,13 @@ class Trace:
             return np.zeros(0, event_dtype(self.registry[name]))
         hint = close_matches(name, self.events)
         raise MissingEventError(f"the trace has no event {name!r}, nor has the registry; {hint}")
+
+    def columns(self, name: str, *fields: str) -> tuple[npt.NDArray[Any], ...]:
+        """Return some fields of one event's records: quicker than all of them; raises as ``[]``."""
+        if isinstance(self.events, RecordedEvents) and name in self.events.recorded:
+            return self.events.columns(name, *fields)
+        rows = self[name]
+        return tuple(rows[field] for field in fields)
 
 
 def read(
