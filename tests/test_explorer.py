@@ -64,7 +64,8 @@ def test_brushing_lists_the_faults_of_the_span_the_longest_first(explorer):
     assert explorer.faults["latency_us"].fillna(0).is_monotonic_decreasing
     assert len(explorer._table.options) == len(inside)
     explorer._timeline.brush_ms = []
-    assert len(explorer.faults) == len(faults)
+    longest = faults["latency_us"].fillna(0).nlargest(200)  # more are not listed
+    assert explorer.faults["latency_us"].fillna(0).tolist() == longest.tolist()
 
 
 def test_choosing_a_fault_marks_it_draws_its_path_and_goes_to_its_moment(explorer):
