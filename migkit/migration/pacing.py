@@ -37,7 +37,7 @@ class Pacing:
     def begin(self, slack_s: float) -> None:
         """Begin to count where all that was sent before is known to have arrived.
 
-        A little more than ``slack_s`` after its round trip, all that is under way has arrived.
+        Beyond what the link carries in a round trip, ``slack_s`` worth of it may be under way.
         """
         self._window.slack_s = slack_s
         self._window.begin(self._out.main.queued_bytes, time.monotonic())
