@@ -64,7 +64,8 @@ def test_brushing_lists_the_faults_of_the_span_the_longest_first(explorer):
     assert explorer.faults["latency_us"].fillna(0).is_monotonic_decreasing
     assert len(explorer._table.options) == len(inside)
     explorer._timeline.brush_ms = []
-    assert len(explorer.faults) == len(faults)
+    longest = faults["latency_us"].fillna(0).nlargest(200)  # more are not listed
+    assert explorer.faults["latency_us"].fillna(0).tolist() == longest.tolist()
 
 
 def test_choosing_a_fault_marks_it_draws_its_path_and_goes_to_its_moment(explorer):
@@ -88,7 +89,7 @@ def test_hovering_tells_a_pages_history(explorer):
 
 def test_without_widgets_there_is_a_text_and_a_picture(explorer):
     bundle = explorer._repr_mimebundle_()
-    assert "32 page faults" in bundle["text/plain"]
+    assert f"{len(explorer.run.faults)} page faults" in bundle["text/plain"]
     assert 'src="data:image/png;base64,' in bundle["text/html"]
 
 

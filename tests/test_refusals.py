@@ -163,9 +163,14 @@ def test_switchover_ack_needs_a_return_path(session):
 
 
 def locked_kib(pid):
+    """What of a guest's RAM is locked; the kernel divides it by the processes that map a page."""
     smaps = Path(f"/proc/{pid}/smaps").read_text()
     ram = smaps[smaps.index("memfd:migkit-pc.ram") :]
-    return int(re.search(r"^Locked: +(\d+) kB", ram, re.MULTILINE)[1])
+    rss, pss, locked = (
+        int(re.search(rf"^{name}: +(\d+) kB", ram, re.MULTILINE)[1])
+        for name in ("Rss", "Pss", "Locked")
+    )
+    return rss * locked // pss
 
 
 def test_locked_ram_is_locked_at_both_ends_and_hinders_no_post_copy(session):

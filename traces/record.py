@@ -31,7 +31,7 @@ def precopy(path: Path) -> None:
 def postcopy(path: Path) -> None:
     """Go on to post-copy after one round; every event is recorded."""
     migkit.run(
-        "random", _MEMORY, path=path, rate=20000, trace="all", max_postcopy_bandwidth="64MiB"
+        "random", _MEMORY, path=path, rate=20000, trace="all", max_postcopy_bandwidth="16MiB"
     )
 
 
@@ -66,6 +66,11 @@ def rp_error(path: Path) -> None:
             print(f"as it should: {error}", file=sys.stderr)
 
 
+def first_postcopy(path: Path) -> None:
+    """Migrate by post-copy after one round over a link of 500 Mbit/s, with the eBPF probe."""
+    migkit.run("random", "32MiB", path=path, rate=20000, link="500Mbit/s, 100us", probe="on")
+
+
 def slow_link(path: Path) -> None:
     """Migrate over a link of 200 Mbit/s and 1 ms each way."""
     migkit.run("random", "16MiB", path=path, rate=20000, link="200Mbit/s, 1ms")
@@ -73,7 +78,7 @@ def slow_link(path: Path) -> None:
 
 _OURS = {
     "precopy": precopy, "postcopy": postcopy, "recovered": recovered, "rp-error": rp_error,
-    "slow-link": slow_link,
+    "slow-link": slow_link, "first-postcopy": first_postcopy,
 }  # fmt: skip
 
 

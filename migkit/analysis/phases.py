@@ -31,7 +31,7 @@ _AFTER_BREAK = {
     "postcopy-recover": "recovery",
     "cancelling": "cancelling",
 }
-_FIRST_DISCARD_PING = 0x100  # the source pings with such values while it discards ahead
+_DISCARD_PINGS = (0x100, 0x10000)  # from and below: so the source pings while it discards ahead
 
 
 def phases_frame(source: Trace, destination: Trace, page_size: int) -> pd.DataFrame:
@@ -116,7 +116,9 @@ def _discard_ahead(source: Trace, before: int) -> int:
     """Return when the source began to discard while its guest still ran, 0 if it did not."""
     sends = source["qemu_savevm_send_postcopy_ram_discard"]["ts_ns"]
     pings = source["savevm_send_ping"]
-    signs = np.concatenate([sends, pings["ts_ns"][pings["val"] >= _FIRST_DISCARD_PING]])
+    first, end = _DISCARD_PINGS
+    ahead = (pings["val"] >= first) & (pings["val"] < end)
+    signs = np.concatenate([sends, pings["ts_ns"][ahead]])
     signs = signs[signs < before]
     if not len(signs):
         return 0

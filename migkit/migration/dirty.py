@@ -11,6 +11,8 @@ from migkit.kernel.pagemap import Category, Pagemap
 from migkit.kernel.userfaultfd import Register
 from migkit.migration.engine import Deadline, GuestParts
 from migkit.migration.framing import runs_of
+from migkit.migration.stats import Counter
+from migkit.migration.supply import PageSupply
 
 _BUSY_S = 10.0  # how long a guest may take to give memory back
 _RETRY_S = 0.0001
@@ -77,3 +79,14 @@ def mark(bitmap: npt.NDArray[np.bool_], runs: list[tuple[int, int]]) -> int:
         bitmap[first : first + count] = True
         total += count
     return total
+
+
+def sync(log: DirtyLog, supply: PageSupply) -> None:
+    """Have what the log found sent again: it is dirty, and it may be loaded."""
+    supply.trace.migration_bitmap_sync_start()
+    runs = log.scan()
+    found = mark(supply.dirty, runs)
+    mark(supply.present, runs)
+    supply.counters[Counter.DIRTY_PAGES] = found
+    supply.count_dirty()
+    supply.trace.migration_bitmap_sync_end(found)

@@ -5,9 +5,31 @@ from __future__ import annotations
 import numpy as np
 
 from migkit.migration import wire
+from migkit.migration.answers import Answers
+from migkit.migration.asked import Asked
+from migkit.migration.dirty import DirtyLog, sync
 from migkit.migration.framing import runs_of
 from migkit.migration.stats import Counter
 from migkit.migration.supply import PageSupply
+
+# Discards are sent ahead while the guest still runs, until this few pages are new at once.
+_FEW = 64
+_MOST_ROUNDS = 8
+
+
+def discard_ahead(supply: PageSupply, log: DirtyLog, answers: Answers, asked: Asked) -> None:
+    """Discard while the guest still runs, until little is new: the rest costs downtime."""
+    for ahead in range(_MOST_ROUNDS):
+        sync(log, supply)
+        count, _ = discard_stale(supply)
+        # Only once the destination is through with them is the guest to be stopped.
+        value = wire.PING_AHEAD + ahead
+        supply.out.ping(value)
+        supply.out.drain()
+        supply.out.wait_for(lambda value=value: value in answers.pongs, "the discards")  # type: ignore[misc]
+        asked.check_cancel()
+        if count <= _FEW:
+            return
 
 
 def discard_stale(supply: PageSupply) -> tuple[int, int]:

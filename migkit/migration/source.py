@@ -16,31 +16,23 @@ from migkit.errors import MigrationError, ProtocolError
 from migkit.guest.vcpu import Word
 from migkit.migration import states, wire
 from migkit.migration.answers import Answers
+from migkit.migration.asked import Asked, Cancelled
 from migkit.migration.background import Background
 from migkit.migration.channel import RateLimiter
 from migkit.migration.control import ControlSocket
-from migkit.migration.dirty import DirtyLog, mark
-from migkit.migration.discarding import discard_stale
+from migkit.migration.dirty import DirtyLog, sync
+from migkit.migration.discarding import discard_ahead, discard_stale
 from migkit.migration.engine import Attachment, Engine
-from migkit.migration.framing import Indices
 from migkit.migration.outbound import Outbound
-from migkit.migration.policy import Convergence
+from migkit.migration.pacing import Pacing
+from migkit.migration.precopy import Precopy
 from migkit.migration.return_path import Incoming, Message, PageRequest, Value
 from migkit.migration.states import Status
 from migkit.migration.stats import Counter
 from migkit.migration.supply import PageSupply
 from migkit.migration.wire import Command
 
-# Discards are sent ahead while the guest still runs, until this few pages are new at once.
-_FEW_DISCARDS = 64
-_MOST_DISCARD_ROUNDS = 8
-
-
 _RECOVERING = (Status.POSTCOPY_RECOVER_SETUP, Status.POSTCOPY_RECOVER)
-
-
-class Cancelled(Exception):  # noqa: N818 — not an error: somebody wished it
-    """``migrate_cancel`` came before the switchover."""
 
 
 class Source(Engine):
@@ -61,16 +53,14 @@ class Source(Engine):
         }
         self.answers = Answers(self.trace, self.guest.layout)
         self.answers.is_open = bool(attachment.paused_ns)
-        self.postcopy_asked = False
-        self.cancel_asked = False
-        self.continue_asked = False
+        self.asked = Asked()
         self.committed = bool(attachment.paused_ns)
         self.guest_stopped = self.committed
-        self.taken_back = False
         self.completing = False
         self.log: DirtyLog | None = None
         self.out: Outbound | None = None
         self.supply: PageSupply | None = None
+        self.pacing: Pacing | None = None
         self.background: Background | None = None
 
     # Commands.
@@ -79,7 +69,7 @@ class Source(Engine):
         """Switch to post-copy as soon as may be (``migrate-start-postcopy``)."""
         if not self.options.postcopy_ram:
             raise MigrationError("post-copy is off: run with postcopy='manual' to start it by hand")
-        self.postcopy_asked = True
+        self.asked.postcopy = True
 
     def cancel(self) -> None:
         """Give up before the switchover (``migrate_cancel``)."""
@@ -92,7 +82,7 @@ class Source(Engine):
             raise MigrationError(
                 f"a migration in {self.state.status} cannot be cancelled: {reason}"
             )
-        self.cancel_asked = True
+        self.asked.cancel = True
 
     def pause(self) -> None:
         """Break post-copy's channels off (``migrate-pause``); it can be recovered."""
@@ -106,11 +96,11 @@ class Source(Engine):
             raise MigrationError(
                 f"only pre-switchover is continued from: the source is {self.state.status}"
             )
-        self.continue_asked = True
+        self.asked.continue_ = True
 
     def take_back(self) -> None:
         """Let the guest go on here: the destination never ran it, and never will."""
-        self.taken_back = True
+        self.asked.take_back = True
         if not self.is_busy:
             self._resume_guest()
             if self.state.set(Status.POSTCOPY_PAUSED, Status.FAILED):
@@ -136,7 +126,8 @@ class Source(Engine):
     def _migrate(self, uri: str) -> None:
         def begin() -> None:
             self._setup(uri)
-            if self._precopy():
+            precopy = Precopy(self.options, self._pages, self._pacing, self._log)
+            if precopy.run(self.asked, self.answers):
                 self._switch_to_postcopy()
 
         self._to_the_end(begin)
@@ -150,7 +141,7 @@ class Source(Engine):
             begin()
             if self.state.status == Status.POSTCOPY_ACTIVE:
                 limit = self.options.max_postcopy_bandwidth
-                self.background = Background(self._pages, self._out, limit)
+                self.background = Background(self._pages, self._out, self._pacing, limit)
                 self.background.until_low(self.options.downtime_limit)
             self._complete()
         except Cancelled:
@@ -205,6 +196,7 @@ class Source(Engine):
             self.supply = PageSupply(self.ram, out, self.counters, trace, self.pages)
         if self.answers.received is not None:
             self.supply.continue_on(out, self.answers.received)
+        self.pacing = Pacing(self.supply, out, answered=True)
         trace.ram_dirty_bitmap_reload_complete(name)
         trace.savevm_send_postcopy_resume()
         out.command(Command.POSTCOPY_RESUME)
@@ -236,6 +228,7 @@ class Source(Engine):
         self.log.start()
         out.loop.watch(self.guest.uffd.fd, self.log.read_removals, rank=4)
         self.supply = PageSupply(self.ram, out, self.counters, trace, self.pages)
+        self.pacing = Pacing(self.supply, out, answered=options.uses_return_path)
         self.ram.map_present()
         trace.savevm_section_start("ram", wire.RAM_SECTION)
         out.raw(
@@ -251,69 +244,21 @@ class Source(Engine):
         self.state.set(Status.SETUP, Status.ACTIVE)
         trace.migration_thread_setup_complete()
 
-    def _precopy(self) -> bool:
-        """Send dirty pages, round after round; return whether post-copy is to begin."""
-        options, pages = self.options, self._pages
-        limiter = RateLimiter(options.max_bandwidth)
-        convergence = Convergence(options, self.ram.page_size)
-        while True:
-            convergence.round_begins(pages.count_dirty())
-            self.counters[Counter.ROUND] = convergence.rounds + 1
-            self.trace.ram_save_round(convergence.rounds + 1, convergence.pages)
-            for batch in self._batches(np.flatnonzero(pages.dirty)):
-                self._check_cancel()
-                self._out.await_turn(limiter)
-                if self._postcopy_due(convergence):
-                    return True
-                pages.send(batch, limiter, Counter.PRECOPY_PAGES)
-                pages.at_destination[batch] = True
-            self._out.drain()
-            new = self._sync()
-            convergence.round_ends(new, self._out.main.sent_bytes)
-            self.counters[Counter.BANDWIDTH] = int(convergence.bandwidth)
-            self._check_cancel()
-            if self._postcopy_due(convergence):
-                return True
-            if convergence.pending <= convergence.threshold and self._may_switch():
-                return False
-
-    def _batches(self, pages: Indices) -> list[Indices]:
-        size = self._out.batch_pages
-        return [pages[at : at + size] for at in range(0, len(pages), size)]
-
-    def _postcopy_due(self, convergence: Convergence) -> bool:
-        due = self.postcopy_asked or convergence.postcopy_due()
-        return self.options.postcopy_ram and due and self._may_switch()
-
-    def _may_switch(self) -> bool:
-        return self.answers.switchover_acked or not self.options.switchover_ack
-
-    def _sync(self) -> int:
-        """Take the dirty log over; return how many pages are dirty now."""
-        self.trace.migration_bitmap_sync_start()
-        runs = self._log.scan()
-        found = mark(self._pages.dirty, runs)
-        mark(self._pages.present, runs)
-        self.counters[Counter.DIRTY_PAGES] = found
-        total = self._pages.count_dirty()
-        self.trace.migration_bitmap_sync_end(found)
-        return total
-
     # The switchover to post-copy.
 
     def _switch_to_postcopy(self) -> None:
         trace, out = self.trace, self._out
-        self._discard_ahead()
+        discard_ahead(self._pages, self._log, self.answers, self.asked)
         self.hold_announcements()
         trace.postcopy_start()
         self._stop_guest()
-        self._sync()
+        sync(self._log, self._pages)
         out.command(Command.SWITCHOVER_START)
         _, commands = discard_stale(self._pages)
         trace.postcopy_discard_send_finish(self.ram.name, self.ram.n_pages, commands)
         out.ping(wire.PING_DISCARDS)
         self.state.set(Status.DEVICE, Status.POSTCOPY_DEVICE)
-        self._check_cancel()
+        self.asked.check_cancel()
         self.committed = True
         out.package(self.guest.vcpu.load_state(self.guest.state_size))
         trace.postcopy_start_set_run()
@@ -323,20 +268,6 @@ class Source(Engine):
         out.wait_for(lambda: wire.PING_PACKAGE in self.answers.pongs, "the answer to the package")
         self.release_announcements()
         self.state.set(Status.POSTCOPY_DEVICE, Status.POSTCOPY_ACTIVE)
-
-    def _discard_ahead(self) -> None:
-        """Discard while the guest still runs, until little is new: the rest costs downtime."""
-        for ahead in range(_MOST_DISCARD_ROUNDS):
-            self._sync()
-            count, _ = discard_stale(self._pages)
-            # Only once the destination is through with them is the guest to be stopped.
-            value = 0x100 + ahead
-            self._out.ping(value)
-            self._out.drain()
-            self._out.wait_for(lambda value=value: value in self.answers.pongs, "the discards")  # type: ignore[misc]
-            self._check_cancel()
-            if count <= _FEW_DISCARDS:
-                return
 
     def _stop_guest(self) -> None:
         vcpu, waits = self.guest.vcpu, self.options.pause_before_switchover
@@ -352,9 +283,9 @@ class Source(Engine):
         self.trace.guest_stopped(stopped, vcpu.words[Word.STEP])
         if waits:
             self.release_announcements()
-            while not self.continue_asked:
+            while not self.asked.continue_:
                 self._out.loop.turn(1.0)
-                self._check_cancel()
+                self.asked.check_cancel()
             self.hold_announcements()
             self._require(self.state.set(Status.PRE_SWITCHOVER, Status.DEVICE))
 
@@ -390,11 +321,13 @@ class Source(Engine):
     def _complete_precopy(self) -> None:
         """Send the rest of RAM and the CPU state, the guest standing still, without a limit."""
         out = self._out
-        self._sync()
-        for batch in self._batches(np.flatnonzero(self._pages.dirty)):
+        sync(self._log, self._pages)
+        left = np.flatnonzero(self._pages.dirty)
+        while len(left):
+            batch, left = np.split(left, [out.batch_pages])
             self._pages.send(batch, RateLimiter(0), Counter.PRECOPY_PAGES)
             out.drain()
-        self._check_cancel()
+        self.asked.check_cancel()
         self.committed = True
         out.last_section()
         state = self.guest.vcpu.load_state(self.guest.state_size)
@@ -412,17 +345,13 @@ class Source(Engine):
             return
         self.answers.take(message)
         match message:
-            case Value(Message.PONG, value) if self.background:
-                self.background.confirm(value)
+            case Value(Message.PONG, value) if self.pacing:
+                self.pacing.confirm(value)
         if self.answers.gave_up and not self.committed:
             raise MigrationError(self.answers.reason)
 
     def _guest_died(self) -> None:
         raise MigrationError("the source guest died: " + (self.guest.vcpu.error() or "killed"))
-
-    def _check_cancel(self) -> None:
-        if self.cancel_asked:
-            raise Cancelled
 
     @staticmethod
     def _require(done: bool) -> None:
@@ -451,7 +380,7 @@ class Source(Engine):
             self.state.set(before, Status.POSTCOPY_ACTIVE)
             before = Status.POSTCOPY_ACTIVE
         stays = before in _RECOVERING or (before == Status.POSTCOPY_ACTIVE and broken)
-        if stays and not self.taken_back:
+        if stays and not self.asked.take_back:
             self.control.event("PAUSED", desc=str(error) or type(error).__name__)
             self.state.set(before, Status.POSTCOPY_PAUSED)
             return
@@ -473,7 +402,7 @@ class Source(Engine):
         # A destination that gives up before it has run the guest has ended its own.
         given_back = self.answers.gave_up and wire.PING_PACKAGE not in self.answers.pongs
         in_switch = status in (Status.DEVICE, Status.POSTCOPY_DEVICE)
-        return not self.committed or self.taken_back or (given_back and in_switch)
+        return not self.committed or self.asked.take_back or (given_back and in_switch)
 
     def _resume_guest(self) -> None:
         """Start the guest if it is we who have stopped it, and have not started it since."""
@@ -493,6 +422,12 @@ class Source(Engine):
         if self.supply is None:
             raise ProtocolError("a page was requested before the migration was set up")
         return self.supply
+
+    @property
+    def _pacing(self) -> Pacing:
+        if self.pacing is None:
+            raise MigrationError("no migration is under way")
+        return self.pacing
 
     @property
     def _log(self) -> DirtyLog:

@@ -1,4 +1,4 @@
-"""How much of the background may be under way: about what the link carries in a round trip.
+"""How much may be under way: about what the link carries in a round trip.
 
 What has been sent and has not arrived cannot be overtaken, and a guest that needs such a page can
 only wait for it. So the source lets no more be under way than keeps the link busy: the delivery
@@ -12,7 +12,11 @@ import math
 from collections import deque
 from typing import NamedTuple
 
-_MORE_S = 2e-3  # beyond the round trip: what keeps a link busy whose ends are not always awake
+LITTLE_SLACK_S = 2e-3
+"""Beyond the round trip: what keeps a link busy whose ends are not always awake."""
+MUCH_SLACK_S = 20e-3
+"""The same where no page is waited for: fewer PINGs, longer batches."""
+
 _PINGS = 4  # in a window
 _SAMPLES = 16  # the rate is the highest of so many
 _GROWTH = 1.25  # a rate that is so much higher has grown; so much more than it carries is sent
@@ -37,6 +41,7 @@ class Window:
 
     def __init__(self, first_ping: int, least_bytes: int) -> None:
         """Take the number of the first PING, and how many bytes may always be under way."""
+        self.slack_s = LITTLE_SLACK_S
         self._next = first_ping
         self._least = least_bytes
         self._marks: deque[_Mark] = deque()
@@ -65,7 +70,12 @@ class Window:
         if rate >= _FAST:
             return math.inf
         gain = 2 if self._patience else _GROWTH
-        return max(self._least, gain * rate * (self._trip + _MORE_S))
+        return max(self._least, gain * rate * (self._trip + self.slack_s))
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether all PINGs were answered."""
+        return not self._marks
 
     def has_room(self, sent: int) -> bool:
         """Whether more may be sent when ``sent`` bytes were, over all."""

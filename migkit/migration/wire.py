@@ -96,6 +96,7 @@ PING_RETURN_PATH = 1
 PING_DISCARDS = 2
 PING_PACKAGE = 3
 PING_LISTENING = 4
+PING_AHEAD = 0x100  # and above: rounds of discards while the guest runs
 PING_WINDOW = 0x10000  # and above: those that measure the link
 
 
