@@ -1,6 +1,7 @@
 """Traces in pieces, their text by columns, and events as one Parquet file."""
 
 import os
+import struct
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,7 @@ from migkit.analysis.events import events_frame, frame_of_pieces
 from migkit.analysis.parquet import write_events
 from migkit.analysis.samples import TRACES
 from migkit.errors import TraceFormatError
+from migkit.trace.layout import RECORD, RECORD_HEADER, header, mapping_record
 from migkit.trace.printcolumns import print_columns
 from migkit.trace.registry import Registry
 from migkit.trace.simpletrace import Trace, read, read_pieces
@@ -63,6 +65,33 @@ def test_pieces_hold_what_the_whole_holds():
         assert np.concatenate(parts).tolist() == rows.tolist()
     frame = frame_of_pieces(("destination", piece) for piece in pieces)
     pd.testing.assert_frame_equal(frame, events_frame({"destination": whole}))
+
+
+def test_some_fields_of_an_event_are_those_of_all():
+    trace, whole = read(FILE), read(FILE)
+    for name, rows in whole.events.items():
+        fields = rows.dtype.names[::-1]
+        for _ in range(2):
+            for field, column in zip(fields, trace.columns(name, *fields), strict=True):
+                assert column.dtype == rows.dtype[field]
+                assert column.tolist() == rows[field].tolist()
+            assert trace.events[name].tolist() == rows.tolist()
+
+
+@pytest.mark.parametrize("longest", [5, 300, 70_000])
+def test_texts_of_any_length_are_read_right(longest):
+    # GIVEN texts, most of one length, so long that one or two bytes do not tell a record's length
+    lengths = np.random.default_rng(1).choice([0, 5, longest], 300, p=[0.1, 0.8, 0.1]).tolist()
+    texts = [chr(ord("a") + i % 3) * length for i, length in enumerate(lengths)]
+    data = header() + mapping_record(7, "migrate_set_state")
+    for i, text in enumerate(texts):
+        head = RECORD_HEADER.pack(RECORD, 7, i, 24 + 4 + len(text), 1)
+        data += head + struct.pack("=L", len(text)) + text.encode()
+    # THEN they are read, and printed from the file's bytes
+    trace = read(data)
+    assert trace.columns("migrate_set_state", "new_state")[0].tolist() == texts
+    frame = events_frame({"source": trace})
+    assert frame["args"].tolist() == [f"new state {text}" for text in texts]
 
 
 @pytest.mark.parametrize("cut", [0, 1, 13, 4000])

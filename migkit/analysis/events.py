@@ -50,12 +50,12 @@ def frame_of_pieces(pieces: Iterable[tuple[str, Trace]]) -> pd.DataFrame:
         np.concatenate([getattr(part, name) for part in parts])
         for name in ("ts", "side", "tid", "code")
     )
-    text = pa.concat_arrays([part.text for part in parts])
+    text = pa.chunked_array([part.text for part in parts])
     if (ts[1:] < ts[:-1]).any():
         # Of one time by the files' order; sorting what mostly is sorted takes little.
         order = np.argsort(ts, kind="stable")
         ts, side, tid, code = ts[order], side[order], tid[order], code[order]
-        text = text.take(pa.array(order))
+        text = text.combine_chunks().take(pa.array(order))
     originals = sorted(names)
     events = sorted({canonical(name) for name in names})
     place = np.array([originals.index(name) for name in names], np.int32)
@@ -68,7 +68,8 @@ def frame_of_pieces(pieces: Iterable[tuple[str, Trace]]) -> pd.DataFrame:
             "event": _categories(canonical_place[code], events),
             "original": _categories(place[code], originals),
             "args": text.to_pandas().array,
-        }
+        },
+        copy=False,
     )
 
 
