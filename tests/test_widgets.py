@@ -92,6 +92,7 @@ def test_a_migration_is_driven_from_start_to_its_run(console):
     assert len(one._live.latencies) == requested
     assert "completed" in one._diagram.value
     assert "migrate_set_state" in one._events.value
+    assert "without the kernel's part" in one._cards.value
 
 
 def test_a_cut_link_pauses_and_is_recovered_without_a_page_changing_its_look(console):

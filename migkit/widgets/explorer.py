@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 import ipywidgets as ipw
@@ -102,7 +103,8 @@ class Explorer:
     # What is shown.
 
     def _about(self) -> str:
-        text = f"{self.run.path}: {self.run.status}, {len(self.run.faults):,} page faults."
+        name, count = escape(self.run.path.name), len(self.run.faults)
+        text = f"{name}: {self.run.status}, {count:,} page faults."
         sent = len(self.run.traces["source"]["ram_save_range"])
         if not self._block.n_pages:
             text += " The trace does not tell of pages: the map stays empty."
