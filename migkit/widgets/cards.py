@@ -53,7 +53,7 @@ def _guest(live: Live) -> str:
         ("runs at", live.running or "nowhere", ""),
         ("steps", f"{live.steps:,}", ""),
         ("steps a second", f"{live.rate:,.0f}", ""),
-        ("pages still to send", f"{left:,}", _bar(left / n_pages, "#8C8C8C", "")),
+        ("pages to send", f"{left:,}", _bar(left / n_pages, "#8C8C8C", "")),
         ("pass over RAM", f"{source['round']}", ""),
     ]
     return _card("Guest", rows, _curve(live))

@@ -135,6 +135,7 @@ class Console:
             ],
             layout={"grid_gap": "6px", "padding": "4px"},
         )  # fmt: skip
+        self.panel.add_class("migkit-panel")
         self._tell("Ready: set the options and press Start.")
         self._show_status()
         self._make_way()
@@ -158,6 +159,7 @@ class Console:
 
         Raises :class:`MigrationError` when it cannot be pressed now.
         """
+        self._show_status()  # the buttons may be those of the state before
         if self._buttons[name].disabled:
             raise MigrationError(f"{name} cannot be pressed while the migration is {self.status}")
         self._buttons[name].click()

@@ -70,6 +70,7 @@ class Explorer:
             ],
             layout={"grid_gap": "6px", "padding": "4px"},
         )  # fmt: skip
+        self.panel.add_class("migkit-panel")
         self._slider.observe(self._slid, "value")
         self._timeline.observe(self._clicked, "cursor_ms")
         self._timeline.observe(self._brushed, "brush_ms")
