@@ -1,5 +1,6 @@
 """How our figures look: colours that survive colour blindness, marks that survive grey.
 
+They follow matplotlib's theme: under ``matplotlib.style.use("dark_background")`` they are dark.
 No pyplot: it keeps every figure alive until it is closed. Ours shows itself in a notebook.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING
 
+from matplotlib import rcParams
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
@@ -79,11 +81,21 @@ def new_figure(width: float, height: float) -> RunFigure:
     return figure
 
 
+def ink() -> str:
+    """Return the colour of lines and letters in the theme that is set."""
+    return str(rcParams["text.color"])
+
+
+def paper() -> str:
+    """Return the colour behind them."""
+    return str(rcParams["axes.facecolor"])
+
+
 def dress(axes: Axes, *, grid: str = "both") -> None:
     """Give axes thin lines: no box, a faint grid behind the data."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_axisbelow(True)
-    axes.grid(axis=grid, color=LIGHT, linewidth=0.6)  # type: ignore[arg-type]
+    axes.grid(axis=grid, color=ink(), alpha=0.15, linewidth=0.6)  # type: ignore[arg-type]
     axes.tick_params(labelsize=_SMALL)
 
 
