@@ -222,7 +222,10 @@ class Notebook:
         for _ in range(100):
             self.page.wait_for_timeout(1000)
             self.page.keyboard.press("Control+s")
-            saved = nbformat.read(self.lab.root / self.name, as_version=4)
+            try:
+                saved = nbformat.read(self.lab.root / self.name, as_version=4)
+            except nbformat.reader.NotJSONError:
+                continue  # it is being written
             cells = [cell for cell in saved.cells if cell.cell_type == "code"]
             failed = [one for cell in cells for one in cell.outputs if one.output_type == "error"]
             if failed or all(cell.execution_count for cell in cells):

@@ -44,8 +44,8 @@ def test_time_is_slid_a_span_is_brushed_a_fault_is_chosen(notebook, scheme):
     cell.locator("b", has_text="faults from").wait_for()
     table = cell.locator(".migkit-faults select")
     table.select_option(index=2)
-    cell.locator(".migkit-path svg").wait_for()
+    cell.locator(".migkit-panel .migkit-path svg").wait_for()
     page.wait_for_timeout(500)
     one.picture(f"explorer-{scheme}-brushed", cell)
     if scheme == "light":
-        one.picture_for_readme("explorer", cell, cell.locator(".migkit-path"))
+        one.picture_for_readme("explorer", cell, cell.locator(".migkit-panel .migkit-path"))
