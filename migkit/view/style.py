@@ -6,7 +6,9 @@ No pyplot: it keeps every figure alive until it is closed. Ours shows itself in 
 
 from __future__ import annotations
 
+import base64
 import io
+from html import escape
 from typing import TYPE_CHECKING
 
 from matplotlib import rcParams
@@ -66,6 +68,13 @@ class RunFigure(Figure):
         """What the figure says and shows, for those who do not see it."""
         panels = "; ".join(axes.get_title(loc="left") for axes in self.axes)
         return f"{self.get_suptitle()}. Panels: {panels}."
+
+    def _repr_mimebundle_(self, **_: object) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
+        """Return the picture, and HTML with its text: notebooks drop the text of a mere picture."""
+        png, about = self._repr_png_()
+        data = base64.b64encode(png).decode()
+        html = f'<img alt="{escape(self.alt_text)}" src="data:image/png;base64,{data}">'
+        return {"image/png": data, "text/html": html}, {"image/png": about}
 
     def _repr_png_(self) -> tuple[bytes, dict[str, str]]:
         data = io.BytesIO()

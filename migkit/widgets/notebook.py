@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -40,7 +39,5 @@ def without_widgets(text: str, svg: str, figure: RunFigure | None) -> dict[str, 
     """Return a text and pictures as a MIME bundle."""
     html = f'<div class="migkit-fallback"><p>{escape(text)}</p>{svg}'
     if figure is not None:
-        png, about = figure._repr_png_()
-        data = base64.b64encode(png).decode()
-        html += f'<img alt="{escape(about["alt"])}" src="data:image/png;base64,{data}">'
+        html += figure._repr_mimebundle_()[0]["text/html"]
     return {"text/plain": text, "text/html": html + "</div>"}
