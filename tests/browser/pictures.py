@@ -23,7 +23,6 @@ ALIKE = 0.8
 and less."""
 
 _TALLER = 0.1
-_README_COLORS = 96
 
 
 def sketch(picture, cell=CELL):
@@ -84,7 +83,8 @@ class Album:
         self.keep(f"readme-{what}", png)
         new, path = Image.open(io.BytesIO(png)).convert("RGB"), self._docs / f"{what}.png"
         if self._renew:
-            new.quantize(_README_COLORS).save(path, optimize=True)
+            few = new.quantize(method=Image.Quantize.FASTOCTREE)  # it keeps rare colours
+            few.save(path, optimize=True)
         return _told(what, sketch(new, CELL * scale), sketch_of(path, CELL * scale), path)
 
 
