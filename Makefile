@@ -2,6 +2,7 @@
 PYTHON := .venv/bin/python
 STAMP := .venv/.migkit-setup
 PYTEST_ARGS ?=
+BROWSER_ARGS ?=
 BENCH_ARGS ?=
 SOAK_ARGS ?=
 RUNS ?= 2000000
@@ -25,8 +26,8 @@ lab: $(STAMP) ## Open JupyterLab on notebooks/
 test: $(STAMP) ## Run the tests (PYTEST_ARGS="-k wire -x")
 	timeout --foreground --signal=INT --kill-after=30 840 $(PYTHON) -m pytest $(PYTEST_ARGS)
 
-test-browser: docs ## Press the buttons in a real browser; pictures go to build/browser/
-	timeout --foreground --signal=INT --kill-after=30 300 $(PYTHON) -m pytest tests/browser
+test-browser: docs ## Press the buttons in a real browser (BROWSER_ARGS=--renew-pictures)
+	timeout --foreground --signal=INT --kill-after=30 420 $(PYTHON) -m pytest tests/browser $(BROWSER_ARGS)
 
 lint: $(STAMP) ## Check style (ruff) and types (mypy --strict)
 	$(PYTHON) -m ruff check .

@@ -26,6 +26,7 @@ from benchmarks import (
     faults,
     links,
     migrations,
+    notebook,
     overhead,
     placement,
     reading,
@@ -39,7 +40,7 @@ SUBJECTS = {
     "faults": faults, "background": background, "bulk": bulk, "migrations": migrations,
     "overhead": overhead, "emitting": emitting, "completeness": completeness,
     "links": links, "breaks": breaks, "reading": reading, "analysing": analysing,
-    "widgets": widgets,
+    "widgets": widgets, "notebook": notebook,
 }  # fmt: skip
 
 _COLUMNS = "{:<35} {:<10} {:>10} {:>10} {:>9} {:>15} {:>8}  {}"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 from migkit import cli_runs
 from migkit.errors import MigkitError, OptionError
 from migkit.guest.workloads import WORKLOADS, Workload
-from migkit.migration.options import Options
+from migkit.migration.options import SIZES, Options, default_text
 
 if TYPE_CHECKING:
     from migkit.analysis.run import Run
@@ -89,20 +89,26 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_option(parser: argparse.ArgumentParser, field: dataclasses.Field[Any]) -> None:
-    default = "1 round" if field.name == "postcopy" else field.default
-    if isinstance(default, tuple):
-        default = ",".join(default)
-    elif isinstance(default, bool):
-        default = "on" if default else "off"
     text = field.metadata["help"]
     if field.metadata["qemu"]:
         text += f" [QEMU: {field.metadata['qemu']}]"
     parser.add_argument(
         "--" + field.name.replace("_", "-"),
         default=None,
-        metavar="|".join(field.metadata["choices"]) or str(default or "").upper()[:12] or "VALUE",
-        help=f"{text} (default: {default or 'none'})".replace("%", "%%"),
+        metavar=_metavar(field),
+        help=f"{text} (default: {default_text(field) or 'none'})".replace("%", "%%"),
     )
+
+
+def _metavar(field: dataclasses.Field[Any]) -> str:
+    """Return what stands for an option's value: its choices, else what kind of thing it is."""
+    if isinstance(field.default, bool):
+        return "on|off"
+    if field.name in SIZES:
+        return "SIZE"
+    if isinstance(field.default, int | float):
+        return "NUMBER"
+    return "|".join(field.metadata["choices"]) or field.name.upper()
 
 
 def _run(options: argparse.Namespace) -> int:

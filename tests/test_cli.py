@@ -365,6 +365,14 @@ def test_help_names_every_option_with_its_default_and_qemus_name(migkit):
     assert "[QEMU: postcopy-ram] (default: 1 round)" in text
 
 
+def test_help_writes_sizes_as_people_do(migkit):
+    text = " ".join(migkit("run", "--help").stdout.split())
+    assert "--memory SIZE guest RAM" in text
+    assert "(default: 256MiB)" in text
+    assert "(default: 4KiB)" in text
+    assert "268435456" not in text
+
+
 def test_a_reader_that_stops_reading_is_no_error(migkit, tmp_path):
     command = f"{sys.executable} -m migkit doctor | true"
 

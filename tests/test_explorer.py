@@ -88,8 +88,8 @@ def test_hovering_tells_a_pages_history(explorer):
 
 
 def test_without_widgets_there_is_a_text_and_a_picture(explorer):
-    bundle = explorer._repr_mimebundle_()
-    assert f"{len(explorer.run.faults)} page faults" in bundle["text/plain"]
+    bundle = explorer._without_widgets()
+    assert f"{len(explorer.run.faults):,} page faults" in bundle["text/plain"]
     assert 'src="data:image/png;base64,' in bundle["text/html"]
 
 

@@ -76,7 +76,10 @@ def test_a_cell_without_a_workload_is_refused(shell, cell, message):
 
 def test_help_shows_the_command_lines(shell, capsys):
     assert shell.run_line_magic("migrate", "--help") is None
-    assert "--postcopy-preempt" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "--postcopy-preempt" in shown
+    assert "256MiB" in shown
+    assert "268435456" not in shown
 
 
 def test_a_migration_shows_its_state_and_counters(session):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 import time
 import xml.etree.ElementTree as ET
 
@@ -92,6 +93,7 @@ def test_a_migration_is_driven_from_start_to_its_run(console):
     assert len(one._live.latencies) == requested
     assert "completed" in one._diagram.value
     assert "migrate_set_state" in one._events.value
+    assert "without the kernel's part" in one._cards.value
 
 
 def test_a_cut_link_pauses_and_is_recovered_without_a_page_changing_its_look(console):
@@ -110,6 +112,30 @@ def test_a_cut_link_pauses_and_is_recovered_without_a_page_changing_its_look(con
     assert run.status == "completed"
     background = before == PageState.BACKGROUND
     assert (one._live.history.states[background] == PageState.BACKGROUND).all()
+
+
+def test_a_thread_that_cannot_write_to_the_browser_does_not_end_the_migration(console, monkeypatch):
+    one = console(link="100Mbit/s, 200us")
+    shown, sent = one._map.show, []
+
+    def show(states):  # as when ipykernel has closed the thread's socket
+        if threading.current_thread().name == "migkit-console":
+            raise OSError("Socket operation on non-socket")
+        shown(states)
+
+    monkeypatch.setattr(one._map, "show", show)
+
+    def send_state(**_):
+        sent.append(one._says.value)
+
+    monkeypatch.setattr(one._says, "send_state", send_state)
+    one.press("start")
+    until(lambda: one.updates > 3)
+    assert count_states(one._live.history.states) != {PageState.AT_SOURCE: PAGES}
+    assert one._map.cells != bytes(PAGES // 2)
+    one.press("cancel")
+    assert one.wait(30).status == "cancelled"
+    assert "Cancelled: console.run" in sent[-1]
 
 
 def test_cancel_leaves_the_guest_at_the_source_and_the_console_starts_again(console):
@@ -162,6 +188,7 @@ def test_closing_in_postcopy_ends_every_process_and_says_where_it_was(console):
     one = console(link="20Mbit/s")
     one.press("start")
     until(lambda: one.status == "active")
+    one._buttons["start_postcopy"].disabled = True  # as it was drawn before the state changed
     one.press("start_postcopy")
     until(lambda: one.status == "postcopy-active")
     pids = one.migration.pids
@@ -240,13 +267,12 @@ def test_a_workload_of_ones_own_is_what_is_migrated(console):
 
 def test_without_widgets_there_is_a_text_and_a_picture(console):
     one = console(postcopy="1 round")
-    bundle = one._repr_mimebundle_()
+    bundle = one._without_widgets()
     assert "the migration is none" in bundle["text/plain"]
     assert "<svg" in bundle["text/html"]
-    assert "application/vnd.jupyter.widget-view+json" in bundle
     one.press("start")
     one.wait(30)
-    bundle = one._repr_mimebundle_()
+    bundle = one._without_widgets()
     assert "the migration is completed; 4,096 pages" in bundle["text/plain"]
     assert 'src="data:image/png;base64,' in bundle["text/html"]
 
@@ -402,14 +428,15 @@ def test_importing_migkit_loads_no_widgets():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-def test_nbconvert_shows_the_text_and_the_picture(tmp_path):
+@pytest.mark.parametrize("stored", [True, False], ids=["with widgets' state", "without"])
+def test_nbconvert_shows_the_text_and_the_picture(tmp_path, stored):
     code = "import migkit\nmigkit.Console(memory='16MiB', probe='off')"
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
     client = nbclient.NotebookClient(
-        notebook, timeout=60, store_widget_state=False,
+        notebook, timeout=60, store_widget_state=stored,
         resources={"metadata": {"path": str(tmp_path)}},
     )  # fmt: skip
     client.execute()
     page, _ = HTMLExporter().from_notebook_node(notebook)
-    assert "migkit Console: the migration is none" in page
+    assert "<p>migkit Console: the migration is none</p>" in page
     assert "State machine of the migration: the source is none" in page

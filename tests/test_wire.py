@@ -25,7 +25,7 @@ from migkit.migration import channel, return_path, wire
 from migkit.migration.channel import Outgoing, RateLimiter, connect, is_trusted, listen
 from migkit.migration.control import MAX_LINE, ControlSocket
 from migkit.migration.framing import PageFramer, runs_of
-from migkit.migration.options import Options, Trigger, parse_size
+from migkit.migration.options import Options, Trigger, format_size, parse_size
 from migkit.migration.placing import HostPages
 from migkit.migration.policy import Convergence
 from migkit.migration.records import Page, Pages, PreemptDecoder
@@ -1069,6 +1069,18 @@ def test_of_all_who_change_a_state_at_once_exactly_one_does():
 )  # fmt: skip
 def test_sizes_are_read_as_people_write_them(text, size):
     assert parse_size(text) == size
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(256 << 20, "256MiB"), (4096, "4KiB"), (3 << 30, "3GiB"), (1000, "1000")]
+)
+def test_sizes_are_written_as_people_read_them(size, text):
+    assert format_size(size) == text
+
+
+@given(st.integers(0, 1 << 45) | st.integers(0, 1 << 12).map(lambda n: n << 20))
+def test_a_size_that_is_written_is_read_as_the_same(size):
+    assert parse_size(format_size(size)) == size
 
 
 @pytest.mark.parametrize("text", ["", "MiB", "-1", "1,5G", "1 2", "1PiB", "0x10", "1e6", "4 GG"])

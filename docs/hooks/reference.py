@@ -13,7 +13,7 @@ from migkit import cli
 from migkit.analysis import schema
 from migkit.analysis.check import RULES
 from migkit.migration import states
-from migkit.migration.options import Options
+from migkit.migration.options import Options, default_text
 from migkit.trace.registry import DEFAULT_PATTERNS, Event, Registry
 
 
@@ -74,17 +74,13 @@ def _arguments(command: argparse.ArgumentParser) -> str:
 def _options() -> str:
     rows = []
     for field in dataclasses.fields(Options):
-        default = field.default
-        if isinstance(default, bool):
-            default = "on" if default else "off"
-        elif isinstance(default, tuple):
-            default = ", ".join(default)
+        default = default_text(field)
         text = _sentence(field.metadata["help"])
         if choices := field.metadata["choices"]:
             text += " One of " + ", ".join(_code(choice) for choice in choices) + "."
         qemu = field.metadata["qemu"]
         rows.append(
-            (_code(field.name), _code(str(default)) if default != "" else "none",
+            (_code(field.name), _code(default) if default else "none",
              _code(qemu) if qemu else "", text)
         )  # fmt: skip
     return "\n\n".join((

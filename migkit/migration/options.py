@@ -18,6 +18,9 @@ from migkit.errors import OptionError, close_matches
 from migkit.kernel.memory import PAGE_SIZE, check_size, memory_available
 from migkit.migration.link import Link
 
+SIZES = ("memory", "page_size", "max_bandwidth", "max_postcopy_bandwidth")
+"""The options that are sizes in bytes, or bytes a second."""
+
 _UNITS = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)(i?b?)\s*", re.IGNORECASE)
 _POSTCOPY = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(rounds?|s|ms)\s*", re.IGNORECASE)
@@ -33,7 +36,7 @@ class Options:
     """All options of a migration; sizes accept ``"256MiB"``, rates are bytes or steps a second."""
 
     memory: int = option(256 << 20, "guest RAM, as in 256MiB or 4GiB")
-    page_size: int = option(PAGE_SIZE, "host page size: 4096, 2MiB or 1GiB (huge pages)")
+    page_size: int = option(PAGE_SIZE, "host page size: 4KiB, 2MiB or 1GiB (huge pages)")
     seed: int = option(1, "seed of the workload's randomness")
     rate: float = option(0.0, "page writes a second of the guest; 0 for as many as it can")
     postcopy: str = option(
@@ -205,10 +208,30 @@ def parse_size(text: str | float) -> int:
     return int(float(match[1]) * (1 << _UNITS[match[2].lower()]))
 
 
+def format_size(n_bytes: int) -> str:
+    """Return a size as :func:`parse_size` reads it, exact: ``256MiB``; ``0``, ``1000``."""
+    for unit, bits in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if n_bytes and n_bytes % (1 << bits) == 0:
+            return f"{n_bytes >> bits}{unit}"
+    return str(n_bytes)
+
+
+def default_text(option_field: dataclasses.Field[Any]) -> str:
+    """Return an option's default as people write it; empty for none."""
+    default: Any = option_field.default
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    if isinstance(default, tuple):
+        return ",".join(default)
+    if option_field.name in SIZES:
+        return format_size(default)
+    return f"{default:g}" if isinstance(default, float) else str(default)
+
+
 def _convert(name: str, value: Any) -> Any:
     kind = type(getattr(Options, name))
     try:
-        if name in ("memory", "page_size", "max_bandwidth", "max_postcopy_bandwidth"):
+        if name in SIZES:
             return parse_size(value)
         if kind is tuple:
             return tuple(value.split(",")) if isinstance(value, str) else tuple(value)

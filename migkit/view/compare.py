@@ -8,18 +8,20 @@ import numpy as np
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from migkit.view.style import (
-    BLACK,
     BLUE,
     GREEN,
+    GREY,
     ORANGE,
     PURPLE,
     VERMILION,
     dress,
     duration_ticks,
     headline,
+    ink,
     legend_below,
     new_figure,
     note,
+    paper,
 )
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 
 _STYLES = (
     (BLUE, "o", "-"), (VERMILION, "s", "--"), (GREEN, "^", "-."), (PURPLE, "D", ":"),
-    (ORANGE, "v", (0, (5, 1, 1, 1))), (BLACK, "X", (0, (1, 1))),
+    (ORANGE, "v", (0, (5, 1, 1, 1))), (GREY, "X", (0, (1, 1))),
 )  # fmt: skip
 
 _WIDE = 100  # from here on an axis has no room for ticks between the powers of ten
@@ -70,7 +72,7 @@ def _draw_ratios(axes: Axes, comparison: Comparison, figures: list[str]) -> None
     """Draw a mark a run and figure, its interval as a line."""
     others = comparison.groups[1:]
     spread = np.linspace(-0.22, 0.22, len(others)) if len(others) > 1 else np.zeros(1)
-    axes.axvline(1.0, color=BLACK, linewidth=1.0)
+    axes.axvline(1.0, color=ink(), linewidth=1.0)
     axes.set_xscale("log")
     for number, group in enumerate(others, 1):
         color, marker, _ = _STYLES[number % len(_STYLES)]
@@ -100,7 +102,7 @@ def _draw_ratio(axes: Axes, row: pd.Series, place: float, color: str, marker: st
     right = max(ratio, float(row["high"])) if np.isfinite(row["high"]) else ratio
     axes.annotate(
         f"{ratio:.3g}", (right, place), xytext=(7, 0), textcoords="offset points", ha="left",
-        va="center", fontsize=8, bbox={"facecolor": "white", "pad": 0.6, "linewidth": 0},
+        va="center", fontsize=8, bbox={"facecolor": paper(), "pad": 0.6, "linewidth": 0},
     )  # fmt: skip
 
 

@@ -9,16 +9,17 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from migkit.analysis.latency import DURATIONS, QUANTILES, stage_breakdown, waited
 from migkit.view.style import (
-    BLACK,
     RESOLUTION_STYLES,
     STAGE_STYLES,
     dress,
     duration,
     duration_ticks,
     headline,
+    ink,
     legend_below,
     new_figure,
     note,
+    paper,
     resolution_key,
 )
 
@@ -71,7 +72,7 @@ def plot_fault_latency(run: Run) -> Figure:
         if len(remote):
             level = float(remote.quantile(QUANTILES[key]))
             for axes in (over_time, shares):
-                axes.axhline(level, color=BLACK, linestyle=line, linewidth=1.0)
+                axes.axhline(level, color=ink(), linestyle=line, linewidth=1.0)
             _name_level(shares, key, level)
     shares.set_xlim(0, 100)
     legend_below(figure, over_time, columns=4)
@@ -187,7 +188,7 @@ def _draw_stack(axes: Axes, steps: pd.DataFrame, whole: float) -> None:
                 if width >= 8:
                     axes.text(
                         left[row] + width / 2, row, f"{width:.0f}", ha="center", va="center",
-                        fontsize=8.5, bbox={"facecolor": "white", "alpha": 0.85, "pad": 1.2,
+                        fontsize=8.5, bbox={"facecolor": paper(), "alpha": 0.85, "pad": 1.2,
                                             "linewidth": 0},
                     )  # fmt: skip
         left = left + widths

@@ -1,13 +1,17 @@
 """How our figures look: colours that survive colour blindness, marks that survive grey.
 
+They follow matplotlib's theme: under ``matplotlib.style.use("dark_background")`` they are dark.
 No pyplot: it keeps every figure alive until it is closed. Ours shows itself in a notebook.
 """
 
 from __future__ import annotations
 
+import base64
 import io
+from html import escape
 from typing import TYPE_CHECKING
 
+from matplotlib import rcParams
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
@@ -65,6 +69,13 @@ class RunFigure(Figure):
         panels = "; ".join(axes.get_title(loc="left") for axes in self.axes)
         return f"{self.get_suptitle()}. Panels: {panels}."
 
+    def _repr_mimebundle_(self, **_: object) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
+        """Return the picture, and HTML with its text: notebooks drop the text of a mere picture."""
+        png, about = self._repr_png_()
+        data = base64.b64encode(png).decode()
+        html = f'<img alt="{escape(self.alt_text)}" src="data:image/png;base64,{data}">'
+        return {"image/png": data, "text/html": html}, {"image/png": about}
+
     def _repr_png_(self) -> tuple[bytes, dict[str, str]]:
         data = io.BytesIO()
         text = {"Description": self.alt_text}
@@ -79,11 +90,21 @@ def new_figure(width: float, height: float) -> RunFigure:
     return figure
 
 
+def ink() -> str:
+    """Return the colour of lines and letters in the theme that is set."""
+    return str(rcParams["text.color"])
+
+
+def paper() -> str:
+    """Return the colour behind them."""
+    return str(rcParams["axes.facecolor"])
+
+
 def dress(axes: Axes, *, grid: str = "both") -> None:
     """Give axes thin lines: no box, a faint grid behind the data."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_axisbelow(True)
-    axes.grid(axis=grid, color=LIGHT, linewidth=0.6)  # type: ignore[arg-type]
+    axes.grid(axis=grid, color=ink(), alpha=0.15, linewidth=0.6)  # type: ignore[arg-type]
     axes.tick_params(labelsize=_SMALL)
 
 

@@ -25,6 +25,7 @@ from migkit.view.style import (
     mark_downtime,
     new_figure,
     note,
+    paper,
     resolution_key,
 )
 
@@ -157,7 +158,7 @@ def _name_bar(
         place, shift, align = left, -6, "right"
     else:
         place, shift, align = right, 6, "left"
-    box = {"facecolor": "white", "alpha": 0.9, "pad": 1.5, "linewidth": 0}
+    box = {"facecolor": paper(), "alpha": 0.9, "pad": 1.5, "linewidth": 0}
     axes.annotate(
         text, (place, row), xytext=(shift, 0), textcoords="offset points", ha=align, va="center",
         fontsize=8.5, bbox=box,

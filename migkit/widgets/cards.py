@@ -6,22 +6,28 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from migkit.view.style import duration
+from migkit.widgets.live import SENT
 
 if TYPE_CHECKING:
     from migkit.widgets.live import Live
 
 _MIB = 1 << 20
 _STRIPES = "repeating-linear-gradient({}deg,transparent 0 6px,{} 6px 8px)"
-_KINDS = (
-    ("precopy_bytes", "pre-copy", "#7CC7F0", ""),
-    ("postcopy_bytes", "background", "#004C80", _STRIPES.format(90, "#FFFFFF")),
-    ("preempt_bytes", "requested", "#CC8800", _STRIPES.format(45, "#000000")),
+_KINDS = dict(zip(SENT, (
+    ("pre-copy", "#7CC7F0", ""),
+    ("background", "#004C80", _STRIPES.format(90, "#FFFFFF")),
+    ("requested", "#CC8800", _STRIPES.format(45, "#000000")),
+), strict=True))  # fmt: skip
+_SEEN = (
+    "<footer>Waits as user space sees them: from reading a fault to placing its page, without "
+    "the kernel's part. <code>run.faults</code> has that, where the probe runs.</footer>"
 )
 STYLE = (
-    "<style>.migkit-cards{display:flex;flex-wrap:wrap;gap:8px;"
+    "<style>.migkit-cards{display:grid;gap:8px;"
+    "grid-template-columns:repeat(auto-fit,minmax(290px,1fr));"
     "color:var(--jp-ui-font-color1,inherit);font:15px/1.45 var(--jp-ui-font-family,sans-serif)}"
     ".migkit-cards section{border:1px solid #8c8c8c;border-radius:6px;padding:6px 8px;"
-    "flex:1 1 0;min-width:min-content;box-sizing:border-box}"
+    "min-width:0;box-sizing:border-box}.migkit-cards footer{font-size:14px;margin-top:4px}"
     ".migkit-cards h4{margin:0 0 4px;font-size:15px}"
     ".migkit-cards td{padding:0 8px 0 0;white-space:nowrap}.migkit-cards td:nth-child(2)"
     "{text-align:right;font-variant-numeric:tabular-nums;font-weight:600}"
@@ -47,7 +53,7 @@ def _guest(live: Live) -> str:
         ("runs at", live.running or "nowhere", ""),
         ("steps", f"{live.steps:,}", ""),
         ("steps a second", f"{live.rate:,.0f}", ""),
-        ("pages still to send", f"{left:,}", _bar(left / n_pages, "#8C8C8C", "")),
+        ("pages to send", f"{left:,}", _bar(left / n_pages, "#8C8C8C", "")),
         ("pass over RAM", f"{source['round']}", ""),
     ]
     return _card("Guest", rows, _curve(live))
@@ -55,13 +61,13 @@ def _guest(live: Live) -> str:
 
 def _transfer(live: Live) -> str:
     source, destination = live.figures["source"], live.figures["destination"]
-    most = max(1, *(source[key] for key, *_ in _KINDS))
+    most = max(1, *(source[key] for key in SENT))
     rows = [
         (label, f"{source[key] / _MIB:,.1f} MiB", _bar(source[key] / most, color, pattern))
-        for key, label, color, pattern in _KINDS
+        for key, (label, color, pattern) in _KINDS.items()
     ]
     rows += [
-        ("bandwidth", f"{source['bandwidth'] / _MIB:,.0f} MiB/s", ""),
+        ("bandwidth", f"{live.bandwidth / _MIB:,.0f} MiB/s", ""),
         ("zero pages", f"{destination['zero_pages']:,}", ""),
         ("pages discarded", f"{destination['discarded_pages']:,}", ""),
     ]
@@ -82,13 +88,13 @@ def _faults(live: Live) -> str:
         ("99 % waited less than", wait(waits.quantile_us(0.99)), ""),
         ("longest wait", wait(waits.greatest_us), ""),
     ]
-    return _card("Faults of the destination guest", rows)
+    return _card("Faults of the destination guest", rows, _SEEN)
 
 
 def _bar(share: float, color: str, pattern: str) -> str:
     image = f"background-image:{pattern};" if pattern else ""
     return (
-        f'<span class="migkit-bar" style="width:{max(0.0, min(1.0, share)) * 90:.0f}px;'
+        f'<span class="migkit-bar" style="width:{max(0.0, min(1.0, share)) * 72:.0f}px;'
         f'background-color:{color};{image}"></span>'
     )
 
@@ -115,8 +121,7 @@ def _curve(live: Live) -> str:
     return (
         '<svg viewBox="0 0 280 44" style="width:100%;height:44px" preserveAspectRatio="none" '
         f'role="img" aria-label="{says}">'
-        f'{"".join(parts)}</svg><div style="font-size:12px">'
-        f"{says};<br>dashed: at the destination</div>"
+        f"{''.join(parts)}</svg><footer>{says};<br>dashed: at the destination</footer>"
     )
 
 

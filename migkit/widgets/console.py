@@ -26,7 +26,7 @@ from migkit.migration.states import AT_REST, COMMANDS, ENDED, SOURCE, Status
 from migkit.widgets import cards, statemachine
 from migkit.widgets.form import Form
 from migkit.widgets.live import Live
-from migkit.widgets.notebook import current_cell, with_fallback
+from migkit.widgets.notebook import current_cell, show, without_widgets
 from migkit.widgets.pagemap import PageMapView, draw, in_words
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ PRESETS = {
 _PERIOD_S = 0.08
 _SAVE_S = 60.0
 _CLOSE_S = 20.0
+_SHOW_S = 5.0
 _BUTTONS = {
     "start": ("Start", "play", "primary", "start the guest and begin with pre-copy"),
     "start_postcopy": ("Start post-copy", "forward", "primary", "move the guest now"),
@@ -111,6 +112,7 @@ class Console:
         self._drawn: tuple[object, ...] = ()
         self._busy: set[str] = set()
         self._closing = threading.Event()
+        self._mute = False
         self._thread: threading.Thread | None = None
         self._form = Form(workload, {**PRESETS, **options})
         self._buttons = {
@@ -135,6 +137,7 @@ class Console:
             ],
             layout={"grid_gap": "6px", "padding": "4px"},
         )  # fmt: skip
+        self.panel.add_class("migkit-panel")
         self._tell("Ready: set the options and press Start.")
         self._show_status()
         self._make_way()
@@ -158,6 +161,7 @@ class Console:
 
         Raises :class:`MigrationError` when it cannot be pressed now.
         """
+        self._show_status()  # the buttons may be those of the state before
         if self._buttons[name].disabled:
             raise MigrationError(f"{name} cannot be pressed while the migration is {self.status}")
         self._buttons[name].click()
@@ -187,7 +191,10 @@ class Console:
         self._form.enable(enabled=False)
         self._tell(f"Closed: {why}. The last state was {self._last_status}.")
 
-    def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
+    def _ipython_display_(self) -> None:
+        show(self.panel, self._without_widgets())
+
+    def _without_widgets(self) -> dict[str, str]:
         live = self._live
         text = f"migkit Console: the migration is {self.status}"
         picture = statemachine.draw(self.status)
@@ -195,7 +202,7 @@ class Console:
         if live:
             text += f"; {in_words(live.history.states)}"
             figure = draw(live.history.states, f"Page map: {self.status}")
-        return with_fallback(self.panel, text, picture, figure)
+        return without_widgets(text, picture, figure)
 
     # Commands.
 
@@ -236,6 +243,7 @@ class Console:
         if self._closing.is_set() or self._busy or self._migration:
             return
         self.run, self.error, self._live = None, "", None
+        self._mute = False
         self._last_status = Status.NONE
         self._busy.add("start")
         self._form.enable(enabled=False)
@@ -253,22 +261,22 @@ class Console:
                 migration.start()
                 self._follow(migration)
         except (MigkitError, TimeoutError, OSError) as error:
-            self._fail(str(error))
+            self._last_status = self.status
+            self._on_panel(self._fail, str(error))
         except Exception as error:
             log.exception("the Console's migration failed")
-            self._fail(f"{type(error).__name__}: {error}")
+            self._last_status = self.status
+            self._on_panel(self._fail, f"{type(error).__name__}: {error}")
         finally:
             self._migration = None
             self._busy.clear()
-            self._form.enable(enabled=not self._closing.is_set())
-            self._show_status()
+            self._on_panel(self._rest)
 
     def _follow(self, migration: Migration) -> None:
         """Show a migration until it has ended, or the Console is closed."""
         live = Live(migration)
-        self._map.resize(len(live.history.states), migration.options.page_size)
         self._live, self._migration = live, migration
-        self._options.selected_index = None
+        self._on_panel(self._unfold)
         self._busy.discard("start")
         self._show_until(lambda: migration.status in ENDED, live, self._closing)
         if self._closing.is_set() and migration.status in COMMANDS["cancel"]:
@@ -281,9 +289,10 @@ class Console:
         self._update(live)
         self.run = run
         if migration.status == Status.FAILED:
-            self._fail("; ".join(migration.errors) or "the migration failed")
+            self._on_panel(self._fail, "; ".join(migration.errors) or "the migration failed")
         else:
-            self._tell(f"{migration.status.capitalize()}: console.run is the Run, in {run.path}.")
+            ended = f"{migration.status.capitalize()}: console.run is the Run, in {run.path}."
+            self._on_panel(self._tell, ended)
 
     def _show_until(self, ended: Callable[[], bool], live: Live, stop: threading.Event) -> None:
         """Bring the panel up to date every period, until the end or a stop."""
@@ -296,16 +305,64 @@ class Console:
     def _update(self, live: Live) -> None:
         try:
             live.look()
-            self._map.show(live.history.states)
-            self._cards.value = cards.cards(live)
-            self._events.value = cards.events(list(live.events))
-            self._show_status()
-            self.updates += 1
         except Exception as error:  # what is shown must not end what is done
-            log.exception("the Console could not show the migration")
-            self._fail(f"what is shown may be old: {type(error).__name__}: {error}")
+            log.exception("the Console could not look at the migration")
+            self._on_panel(self._fail, f"what is shown may be old: {type(error).__name__}: {error}")
+        self._on_panel(self._show, live)
+        self.updates += 1
+
+    def _on_panel(self, show: Callable[..., None], *values: object) -> None:
+        """Have something shown; that it cannot be must not end what is done.
+
+        ipykernel keeps a socket for each thread that writes to the browser, and an interrupt may
+        close it. A new thread has a new one; what the old one could not say is then said again.
+        """
+
+        def again() -> None:
+            try:
+                show(*values)
+                for widget in self._written:
+                    widget.send_state()
+            except Exception:
+                log.exception("the Console could not show the migration")
+
+        if not self._mute:
+            try:
+                return show(*values)
+            except Exception:
+                log.info("the Console shows the migration from other threads", exc_info=True)
+                self._mute = True
+        thread = threading.Thread(target=again, name="migkit-show", daemon=True)
+        thread.start()
+        return thread.join(_SHOW_S)
 
     # What is shown.
+
+    @property
+    def _written(self) -> list[ipw.Widget]:
+        """The widgets that are written to while a migration runs."""
+        return [
+            self._says, self._map, self._cards, self._diagram, self._events, self._options,
+            *self._buttons.values(), *self._form.controls.values(),
+        ]  # fmt: skip
+
+    def _unfold(self) -> None:
+        """Make room for a migration that has begun."""
+        if self._live and self._migration:
+            states = self._live.history.states
+            self._map.resize(len(states), self._migration.options.page_size)
+        self._options.selected_index = None
+
+    def _rest(self) -> None:
+        """Let the options be changed, now that no migration runs."""
+        self._form.enable(enabled=not self._closing.is_set())
+        self._show_status()
+
+    def _show(self, live: Live) -> None:
+        self._map.show(live.history.states)
+        self._cards.value = cards.cards(live)
+        self._events.value = cards.events(list(live.events))
+        self._show_status()
 
     def _show_status(self) -> None:
         """Light the state, and let be pressed what makes sense in it."""

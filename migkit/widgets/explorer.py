@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 import ipywidgets as ipw
@@ -13,7 +14,7 @@ from migkit.analysis.pages import Block, page_changes
 from migkit.view.style import duration
 from migkit.widgets import faultpath, statemachine
 from migkit.widgets.look import LOOKS
-from migkit.widgets.notebook import with_fallback
+from migkit.widgets.notebook import show, without_widgets
 from migkit.widgets.pagemap import PageMapView, draw, in_words
 from migkit.widgets.timeline import TimelineView
 
@@ -69,6 +70,7 @@ class Explorer:
             ],
             layout={"grid_gap": "6px", "padding": "4px"},
         )  # fmt: skip
+        self.panel.add_class("migkit-panel")
         self._slider.observe(self._slid, "value")
         self._timeline.observe(self._clicked, "cursor_ms")
         self._timeline.observe(self._brushed, "brush_ms")
@@ -90,19 +92,25 @@ class Explorer:
         """List the faults of a span of time, as dragging in the timeline does."""
         self._timeline.brush_ms = [begin_ms, end_ms]
 
-    def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
+    def _ipython_display_(self) -> None:
+        show(self.panel, self._without_widgets())
+
+    def _without_widgets(self) -> dict[str, str]:
         states = self._changes.at(self.run.origin_ns + round(self._end_ms * 1e6))
-        text = f"migkit Explorer: {self.run!r}, {len(self.run.faults):,} page faults"
+        text = f"migkit Explorer: {self._title()}"
         figure = None
         if len(states):
             text += f"; at the end {in_words(states)}"
             figure = draw(states, f"Page map at the end: {self.run.status}")
-        return with_fallback(self.panel, text, self._path.value, figure)
+        return without_widgets(text, self._path.value, figure)
 
     # What is shown.
 
+    def _title(self) -> str:
+        return f"{self.run.path.name}: {self.run.status}, {len(self.run.faults):,} page faults"
+
     def _about(self) -> str:
-        text = f"{self.run.path}: {self.run.status}, {len(self.run.faults):,} page faults."
+        text = f"{escape(self._title())}."
         sent = len(self.run.traces["source"]["ram_save_range"])
         if not self._block.n_pages:
             text += " The trace does not tell of pages: the map stays empty."

@@ -9,7 +9,7 @@ import ipywidgets as ipw
 
 from migkit.errors import OptionError
 from migkit.guest.workloads import WORKLOADS, Workload
-from migkit.migration.options import Options
+from migkit.migration.options import SIZES, Options, format_size
 
 _FIRST = (
     "memory", "rate", "link", "postcopy", "postcopy_preempt", "max_bandwidth",
@@ -68,8 +68,8 @@ def _control(field: dataclasses.Field[Any], presets: dict[str, Any]) -> ipw.Widg
         return ipw.Dropdown(options=field.metadata["choices"], value=value, **common)
     if isinstance(value, tuple):
         value = ",".join(value)
-    elif field.name == "memory" and isinstance(value, int):
-        value = f"{value >> 20}MiB"
+    elif field.name in SIZES and isinstance(value, int):
+        value = format_size(value)
     elif isinstance(value, float) and value.is_integer():
         value = int(value)
     return ipw.Text(value=str(value), continuous_update=False, **common)

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from migkit.migration.session import Session
     from migkit.trace.simpletrace import Trace
 
+SENT = ("precopy_bytes", "postcopy_bytes", "preempt_bytes")
+"""The source's counters of what it has sent."""
+
 _EVENTS_SHOWN = 12
 _RATE_S = 0.4
 _CURVE_POINTS = 150
@@ -78,8 +81,11 @@ class Live:
         """(s, steps a second, where the guest runs)."""
         self.steps = 0
         self.rate = 0.0
+        """Steps a second of the guest, now."""
+        self.bandwidth = 0.0
+        """Bytes a second that the source sends, now."""
         self.running = ""
-        self._recent: deque[tuple[float, int]] = deque()
+        self._recent: deque[tuple[float, int, int]] = deque()
         self._read_ns = np.zeros(n_pages, np.int64)
         self._last_ns = 0
         registry = Registry.load()
@@ -107,11 +113,14 @@ class Live:
         self.steps = max(self.figures[role]["step"] for role in ROLES)
         self.running = " and ".join(self._session.running_guests)
         recent = self._recent
-        recent.append((now, self.steps))
+        sent = sum(self.figures["source"][name] for name in SENT)
+        recent.append((now, self.steps, sent))
         while len(recent) > 2 and recent[1][0] < now - _RATE_S:
             recent.popleft()
-        then, before = recent[0]
-        self.rate = (self.steps - before) / (now - then) if now > then else 0.0
+        then, steps, sent_then = recent[0]
+        took = now - then
+        self.rate = (self.steps - steps) / took if took else 0.0
+        self.bandwidth = (sent - sent_then) / took if took else 0.0
         self.curve.append((now, self.rate, self.running))
 
     def _faults(self, trace: Trace) -> None:

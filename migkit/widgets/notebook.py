@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import base64
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from IPython import get_ipython
+from IPython.display import publish_display_data
 
 if TYPE_CHECKING:
     import ipywidgets as ipw
@@ -24,14 +24,20 @@ def current_cell() -> tuple[str, str]:
     return cell, str(request.get("header", {}).get("msg_id", ""))
 
 
-def with_fallback(
-    panel: ipw.Widget, text: str, svg: str, figure: RunFigure | None
-) -> dict[str, Any]:
-    """Return a panel's MIME bundle, with a text and pictures for where there are no widgets."""
-    html = f"<p>{escape(text)}</p>{svg}"
+def show(panel: ipw.Widget, fallback: dict[str, str]) -> None:
+    """Display a panel, and what stands for it where there are no widgets.
+
+    These are two outputs: given one with both, nbconvert takes the panel, of which nothing is seen
+    unless the page fetches a widget manager. Where the panel lives its style sheet hides the other.
+    """
+    view = "application/vnd.jupyter.widget-view+json"
+    publish_display_data({view: panel._repr_mimebundle_()[view]})  # type: ignore[no-untyped-call]
+    publish_display_data(fallback)  # type: ignore[no-untyped-call]
+
+
+def without_widgets(text: str, svg: str, figure: RunFigure | None) -> dict[str, str]:
+    """Return a text and pictures as a MIME bundle."""
+    html = f'<div class="migkit-fallback"><p>{escape(text)}</p>{svg}'
     if figure is not None:
-        png, about = figure._repr_png_()
-        data = base64.b64encode(png).decode()
-        html += f'<img alt="{escape(about["alt"])}" src="data:image/png;base64,{data}">'
-    bundle: dict[str, Any] = panel._repr_mimebundle_()
-    return {**bundle, "text/plain": text, "text/html": html}
+        html += figure._repr_mimebundle_()[0]["text/html"]
+    return {"text/plain": text, "text/html": html + "</div>"}

@@ -12,11 +12,11 @@ import urllib.request
 from pathlib import Path
 
 import nbformat
+import pictures
 import pytest
 from playwright.sync_api import sync_playwright
 
 ROOT = Path(__file__).parents[2]
-PICTURES = ROOT / "build" / "browser"
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 _START_S = 60
 
@@ -25,7 +25,20 @@ KNOWN_NOISE = (
     "favicon",
     "/api/kernels/",  # asked for once more after the kernel was shut down at a page's end
     "/lsp/status",  # no language server is installed
+    "Could not restore the debugger state",  # the kernel was restarted while it was asked
 )
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--renew-pictures", action="store_true",
+        help="keep what the pages look like now as the references, and as the README's pictures",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def album(pytestconfig):
+    return pictures.Album(ROOT, renew=pytestconfig.getoption("renew_pictures"))
 
 
 class Lab:
@@ -151,10 +164,11 @@ def lab_processes(notebook):
 class Notebook:
     """One notebook open in a page."""
 
-    def __init__(self, lab, page, name):
+    def __init__(self, lab, page, name, album):
         self.lab = lab
         self.page = page
         self.name = name
+        self.album = album
         self.errors = []
         page.on("console", self._heard)
         page.on("pageerror", lambda error: self.errors.append(f"uncaught: {error}"))
@@ -208,7 +222,10 @@ class Notebook:
         for _ in range(100):
             self.page.wait_for_timeout(1000)
             self.page.keyboard.press("Control+s")
-            saved = nbformat.read(self.lab.root / self.name, as_version=4)
+            try:
+                saved = nbformat.read(self.lab.root / self.name, as_version=4)
+            except nbformat.reader.NotJSONError:
+                continue  # it is being written
             cells = [cell for cell in saved.cells if cell.cell_type == "code"]
             failed = [one for cell in cells for one in cell.outputs if one.output_type == "error"]
             if failed or all(cell.execution_count for cell in cells):
@@ -236,14 +253,26 @@ class Notebook:
         self.page.wait_for_timeout(1000)
         self.open()
 
-    def picture(self, what, locator=None):
-        PICTURES.mkdir(parents=True, exist_ok=True)
-        (locator or self.page).screenshot(path=PICTURES / f"{what}.png")
+    def picture(self, what, locator):
+        """Keep a picture of a part of the page, and compare it with its reference."""
+        self._told(self.album.compare(what, locator.screenshot(scale="css")))
+
+    def picture_for_readme(self, what, cell, last):
+        """Keep a picture of what a cell shows, down to an element of it, in all its pixels."""
+        box = cell.locator(".jp-OutputArea-output").first.bounding_box()
+        end = last.bounding_box()
+        clip = {**box, "height": end["y"] + end["height"] - box["y"] + 6}
+        png = self.page.screenshot(clip=clip, scale="device")
+        self._told(self.album.compare_for_readme(what, png, self.page.evaluate("devicePixelRatio")))
+
+    def _told(self, difference):
+        if difference:
+            self.errors.append(difference)
 
 
 @pytest.fixture
-def notebook(lab, browser):
-    """Open a notebook, of some cells or of ours; at the end the browser may not have complained."""
+def notebook(lab, browser, album):
+    """Open a notebook, of some cells or of ours; nothing may be wrong with what was seen."""
     opened = []
 
     def open_(name, *sources, **context):
@@ -253,7 +282,7 @@ def notebook(lab, browser):
             shutil.copy(ROOT / "notebooks" / name, lab.root)
         page = browser.new_page(viewport={"width": 1400, "height": 2100}, **context)
         page.set_default_timeout(30_000)
-        one = Notebook(lab, page, name)
+        one = Notebook(lab, page, name, album)
         opened.append(one)
         one.open()
         return one
@@ -261,7 +290,7 @@ def notebook(lab, browser):
     yield open_
     errors = [error for one in opened for error in one.errors]
     for one in opened:
-        one.picture(f"{Path(one.name).stem}-last")
+        album.keep(f"{Path(one.name).stem}-last", one.page.screenshot(scale="css"))
         one.page.close()
     for session in lab.get("api/sessions"):
         lab.post(f"api/sessions/{session['id']}", "DELETE")

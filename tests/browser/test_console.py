@@ -3,6 +3,8 @@
 import re
 import time
 
+import playwright.sync_api as playwright
+import pytest
 from conftest import lab_processes
 
 MIGKIT = "import migkit"
@@ -33,7 +35,7 @@ def await_change(page, root, before):
 
 
 def test_a_migration_is_started_moved_broken_recovered_and_completed(notebook):
-    one = notebook("console.ipynb", MIGKIT, CONSOLE)
+    one = notebook("console.ipynb", MIGKIT, CONSOLE, device_scale_factor=2)
     one.run_cell(0)
     cell = one.run_cell(1)
     page = one.page
@@ -67,6 +69,8 @@ def test_a_migration_is_started_moved_broken_recovered_and_completed(notebook):
     page.wait_for_function("el => el.textContent.includes('→')", arg=line.element_handle())
     assert re.match(r"page [\d,]+: only at the source → ", line.inner_text())
     one.picture("console-postcopy", cell)
+    cards = cell.locator(".widget-html", has=page.locator(".migkit-cards"))
+    one.picture_for_readme("console", cell, cards)
 
     await_state(page, "completed")
     cell.get_by_text("Completed: console.run is the Run").wait_for()
@@ -112,6 +116,13 @@ def test_a_kernel_that_is_restarted_takes_its_migration_along(notebook):
     assert len(lab_processes(one)) >= 4
     one.restart_kernel()
     await_no_process(one)
+    panel = cell.locator(".migkit-panel.jupyter-widgets-disconnected")
+    panel.wait_for()
+    said = panel.evaluate("el => getComputedStyle(el, '::before').content")
+    assert "kernel of this panel has ended" in said
+    with pytest.raises(playwright.Error, match="Timeout"):
+        panel.locator("button.migkit-cancel").click(timeout=500)
+    one.picture("console-kernel-ended", cell)
     one.run_again(0)
     cell = one.run_again(1)
     press(cell, "start")

@@ -1,12 +1,16 @@
 """The Explorer in a real browser: the slider, the brush, a fault's path."""
 
+import pytest
 
-def test_time_is_slid_a_span_is_brushed_a_fault_is_chosen(notebook):
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_time_is_slid_a_span_is_brushed_a_fault_is_chosen(notebook, scheme):
     one = notebook(
-        "explorer.ipynb",
+        f"explorer-{scheme}.ipynb",
         "import migkit; run = migkit.sample('slow-link')",
         "explorer = migkit.Explorer(run)\nexplorer",
-        color_scheme="dark",
+        color_scheme=scheme,
+        device_scale_factor=2,
     )
     one.run_cell(0)
     cell = one.run_cell(1)
@@ -14,7 +18,7 @@ def test_time_is_slid_a_span_is_brushed_a_fault_is_chosen(notebook):
     root = cell.locator(".migkit-pagemap")
     page.wait_for_function("el => el.dataset.counts", arg=root.element_handle())
     at_first = root.get_attribute("data-counts")
-    one.picture("explorer-switchover", cell)
+    one.picture(f"explorer-{scheme}-switchover", cell)
 
     handle = cell.locator(".widget-hslider .noUi-handle").first
     box = handle.bounding_box()
@@ -40,6 +44,8 @@ def test_time_is_slid_a_span_is_brushed_a_fault_is_chosen(notebook):
     cell.locator("b", has_text="faults from").wait_for()
     table = cell.locator(".migkit-faults select")
     table.select_option(index=2)
-    cell.locator(".migkit-path svg").wait_for()
+    cell.locator(".migkit-panel .migkit-path svg").wait_for()
     page.wait_for_timeout(500)
-    one.picture("explorer-brushed", cell)
+    one.picture(f"explorer-{scheme}-brushed", cell)
+    if scheme == "light":
+        one.picture_for_readme("explorer", cell, cell.locator(".migkit-panel .migkit-path"))

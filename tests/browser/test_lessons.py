@@ -7,4 +7,4 @@ def test_the_map_of_the_course_runs_from_top_to_bottom(notebook):
     outputs = [output for cell in cells for output in cell.outputs]
     assert not [output for output in outputs if output.output_type == "error"]
     assert any("image/png" in output.get("data", {}) for output in outputs)
-    one.picture("start-here")
+    one.picture("start-here", one.page.locator(".jp-NotebookPanel"))
