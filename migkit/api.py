@@ -13,7 +13,7 @@ from migkit.errors import MigkitError, MigrationError, OptionError
 from migkit.guest.workloads import Workload
 from migkit.migration.monitor import ROLES
 from migkit.migration.session import Session
-from migkit.migration.states import Status
+from migkit.migration.states import COMMANDS, Status
 
 _CANCEL_TIMEOUT_S = 5.0
 
@@ -42,7 +42,9 @@ class Migration(Session):
     ) -> Run:
         """Wait for the end, save everything, return the run.
 
-        Ctrl-C cancels the migration where that is still possible, and saves what there is.
+        Ctrl-C cancels the migration where that is still possible, and saves what there is. In
+        post-copy, where it would cost the guest its memory, only the waiting ends: the migration
+        goes on, and may be waited for again.
 
         Raises :class:`MigrationError` when it failed, unless ``check`` is false, and
         :class:`TimeoutError` when it took longer; what was recorded is saved in both cases.
@@ -52,10 +54,11 @@ class Migration(Session):
         try:
             status = self.await_end(timeout_s, progress)
         except KeyboardInterrupt:
-            with contextlib.suppress(MigkitError, TimeoutError):
-                self.cancel()
-                self.await_end(_CANCEL_TIMEOUT_S)
-            self.record()
+            if self.status in COMMANDS["cancel"]:
+                with contextlib.suppress(MigkitError, TimeoutError):
+                    self.cancel()
+                    self.await_end(_CANCEL_TIMEOUT_S)
+                self.record()
             raise
         except BaseException:
             self.record()

@@ -92,7 +92,7 @@ def test_an_interrupt_of_a_run_cancels_it_saves_it_and_the_kernel_goes_on(kernel
     assert kernel.execute(again).strip() == "completed"
 
 
-def test_an_interrupt_in_postcopy_ends_the_migration_and_says_so(kernel):
+def test_a_block_that_an_interrupt_leaves_in_postcopy_ends_its_migration_and_says_so(kernel):
     kernel.begin(
         "with migkit.Migration(**slow, postcopy='manual', max_postcopy_bandwidth='2MiB') as one:\n"
         "    one.start(); one.start_postcopy(); one.await_status('postcopy-active')\n"
@@ -105,6 +105,18 @@ def test_an_interrupt_in_postcopy_ends_the_migration_and_says_so(kernel):
     told = kernel.execute("print(one.status, *one.errors)")
     assert told.startswith("failed")
     assert "the session ended while the migration was under way" in told
+
+
+def test_an_interrupt_in_postcopy_ends_only_the_waiting(kernel):
+    kernel.begin(
+        "one = migkit.Migration(**slow, postcopy='manual', max_postcopy_bandwidth='8MiB')\n"
+        "one.start(); one.start_postcopy(); one.await_status('postcopy-active')\n"
+        "print('now', flush=True); one.wait()"
+    )
+    time.sleep(0.2)
+    kernel.manager.interrupt_kernel()
+    assert kernel.end_of_cell()["ename"] == "KeyboardInterrupt"
+    assert kernel.execute("print(one.wait().status); one.close()").strip() == "completed"
 
 
 @pytest.mark.parametrize("how", ["restart", "kill"])
