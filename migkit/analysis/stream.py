@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import struct
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 
 from migkit.analysis import schema
+from migkit.analysis.blocktime import union
 from migkit.errors import OptionError, ProtocolError, TraceWarning
 from migkit.migration.records import Pages
 from migkit.migration.stream import (
@@ -149,16 +150,35 @@ def stream(path: str | os.PathLike[str], progress: Callable[[int], None] | None 
         rows.add(rows.end, rest, "undecoded", detail=texts[-1])
     elif not rows.ended:
         texts.append("the stream is cut off: it has no end")
+    frame = rows.frame()
+    if rows.ended:
+        texts += _never_sent(frame, rows.blocks)
     for text in texts:
         warnings.warn(f"{path}: {text}", TraceWarning, stacklevel=2)
     return Stream(
         path=Path(path),
-        frame=rows.frame(),
+        frame=frame,
         blocks=rows.blocks,
         described=rows.differences(),
         is_described=rows.described is not None,
         warnings=tuple(texts),
     )
+
+
+def _never_sent(frame: pd.DataFrame, blocks: Mapping[str, int]) -> Iterator[str]:
+    """Say which RAM a complete stream has not: it went another way."""
+    moved = frame[frame["flags"].isin(["page", "zero", "xbzrle", "compressed"])]
+    missing = {}
+    for block, n_bytes in blocks.items():
+        mine = moved[moved["block"] == block]
+        sent = union(mine["start"].to_numpy(np.int64), mine["end"].to_numpy(np.int64))
+        missing[block] = (n_bytes - int((sent[:, 1] - sent[:, 0]).sum())) // TARGET_PAGE
+    if some := [f"{count:,} of {block}" for block, count in missing.items() if count]:
+        yield (
+            f"{sum(missing.values()):,} pages of RAM are not in this stream ({', '.join(some)}): "
+            "multifd and postcopy-preempt send pages on channels of their own, x-ignore-shared "
+            "sends no shared ones"
+        )
 
 
 def _count_rest(file: IO[bytes]) -> int:
