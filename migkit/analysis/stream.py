@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import struct
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -80,6 +80,8 @@ class StreamSummary:
     bytes: dict[str, int]
     pages: dict[Any, dict[str, int]]
     """Pages by RAM block, then by flag."""
+    absent: dict[str, int]
+    """Pages by RAM block that a stream which has ended never had: they went another way."""
     block_bytes: dict[str, int]
     commands: dict[str, int]
     device_bytes: dict[str, int]
@@ -102,6 +104,12 @@ class StreamSummary:
             counts = self.pages.get(block, {})
             came = ", ".join(f"{flag} {n:,}" for flag, n in counts.items()) or "none"
             lines.append(f"{'pages':<13}{block} ({n_bytes // TARGET_PAGE:,}): {came}")
+        if self.absent:
+            which = ", ".join(f"{count:,} of {block}" for block, count in self.absent.items())
+            lines.append(
+                f"{'not in it':<13}{which}: multifd and postcopy-preempt have channels of their "
+                "own for pages, x-ignore-shared leaves shared ones out"
+            )
         commands = ", ".join(f"{n} {name}" for name, n in self.commands.items())
         lines.append(f"{'commands':<13}{commands or 'none'}")
         largest = sorted(self.device_bytes.items(), key=lambda item: -item[1])
@@ -150,14 +158,11 @@ def stream(path: str | os.PathLike[str], progress: Callable[[int], None] | None 
         rows.add(rows.end, rest, "undecoded", detail=texts[-1])
     elif not rows.ended:
         texts.append("the stream is cut off: it has no end")
-    frame = rows.frame()
-    if rows.ended:
-        texts += _never_sent(frame, rows.blocks)
     for text in texts:
         warnings.warn(f"{path}: {text}", TraceWarning, stacklevel=2)
     return Stream(
         path=Path(path),
-        frame=frame,
+        frame=rows.frame(),
         blocks=rows.blocks,
         described=rows.differences(),
         is_described=rows.described is not None,
@@ -165,20 +170,15 @@ def stream(path: str | os.PathLike[str], progress: Callable[[int], None] | None 
     )
 
 
-def _never_sent(frame: pd.DataFrame, blocks: Mapping[str, int]) -> Iterator[str]:
-    """Say which RAM a complete stream has not: it went another way."""
+def _absent(frame: pd.DataFrame, blocks: Mapping[str, int]) -> dict[str, int]:
+    """Return how many pages of each RAM block are never sent, where there are such."""
     moved = frame[frame["flags"].isin(["page", "zero", "xbzrle", "compressed"])]
     missing = {}
     for block, n_bytes in blocks.items():
         mine = moved[moved["block"] == block]
         sent = union(mine["start"].to_numpy(np.int64), mine["end"].to_numpy(np.int64))
         missing[block] = (n_bytes - int((sent[:, 1] - sent[:, 0]).sum())) // TARGET_PAGE
-    if some := [f"{count:,} of {block}" for block, count in missing.items() if count]:
-        yield (
-            f"{sum(missing.values()):,} pages of RAM are not in this stream ({', '.join(some)}): "
-            "multifd and postcopy-preempt send pages on channels of their own, x-ignore-shared "
-            "sends no shared ones"
-        )
+    return {block: count for block, count in missing.items() if count}
 
 
 def _count_rest(file: IO[bytes]) -> int:
@@ -382,6 +382,7 @@ def _summarize(stream: Stream) -> StreamSummary:
         ended=bool((section == "eof").any()),
         bytes={name: count for name, count in n_bytes.items() if count},
         pages=pages,
+        absent=_absent(frame, stream.blocks) if (section == "eof").any() else {},
         block_bytes=stream.blocks,
         commands={str(name): int(count) for name, count in commands.items() if count},
         device_bytes={str(name): int(count) for name, count in devices.items()},
