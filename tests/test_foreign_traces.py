@@ -226,6 +226,13 @@ def test_without_scans_precopy_is_a_phase_still(tmp_path):
         getattr(run.plot, name)()
 
 
+def test_precopy_is_compared_with_postcopy(tmp_path, recovered):
+    frame = migkit.compare(recovered, load(tmp_path, source=ROUNDS)).frame
+    values = frame.pivot(index="figure", columns="run", values="value").iloc[:, ::-1]
+    assert values.loc["total time"].notna().all()
+    assert values.loc["blocktime"].isna().sum() == 1  # none was recorded: not 0
+
+
 # The channel of requested pages.
 
 
