@@ -2,8 +2,9 @@
 
 Two QEMU processes, no operating system: a boot sector increments a byte of pages in
 pseudo-random order. Pre-copy goes through ``exec:cat`` into a file; post-copy through a relay
-between two sockets that keeps what the source sends. Needs qemu-system-x86 and, for post-copy,
-userfaultfd for kernel faults (root).
+between two sockets that keeps what the source sends. A guest with two RAM blocks goes through a
+slow one that breaks the connection, and on through another: post-copy is paused and recovered.
+Needs qemu-system-x86 and, for post-copy, userfaultfd for kernel faults (root).
 """
 
 from __future__ import annotations
@@ -24,6 +25,12 @@ from pathlib import Path
 HERE = Path(__file__).parent
 MEMORY = "32M"
 _DEADLINE_S = 60.0
+_SLOW = 3 << 20  # bytes a second, of a slow relay
+_TWO_BLOCKS = (
+    "-object", "memory-backend-memfd,id=low,size=20M",
+    "-object", "memory-backend-memfd,id=high,size=12M",
+    "-numa", "node,memdev=low", "-numa", "node,memdev=high",
+)  # fmt: skip
 _BOOT_S = 4.0  # the BIOS boots, and the sector has written all its pages
 
 # 16 bits: cli; a flat GDT; protected mode. 32 bits, for ever: eax = eax * 1103515245 + 12345;
@@ -90,9 +97,11 @@ class Qemu:
 class Relay(threading.Thread):
     """Passes one connection on, and keeps what the source sends."""
 
-    def __init__(self, listen: Path, onward: Path) -> None:
+    def __init__(self, listen: Path, onward: Path, rate: int | None = None) -> None:
         super().__init__(daemon=True)
         self.sent = bytearray()
+        self._rate = rate
+        self._ends: tuple[socket.socket, ...] = ()
         self._server = socket.socket(socket.AF_UNIX)
         self._server.bind(str(listen))
         self._server.listen(1)
@@ -104,19 +113,30 @@ class Relay(threading.Thread):
         self._server.close()
         far = socket.socket(socket.AF_UNIX)
         far.connect(str(self._onward))
+        self._ends = near, far
         back = threading.Thread(target=_pump, args=(far, near, None), daemon=True)
         back.start()
-        _pump(near, far, self.sent)
+        _pump(near, far, self.sent, self._rate)
         back.join(_DEADLINE_S)
         near.close()
         far.close()
 
+    def cut(self) -> None:
+        """Break the connection."""
+        for end in self._ends:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
 
-def _pump(source: socket.socket, target: socket.socket, kept: bytearray | None) -> None:
+
+def _pump(
+    source: socket.socket, target: socket.socket, kept: bytearray | None, rate: int | None = None
+) -> None:
     with contextlib.suppress(OSError):
-        while data := source.recv(1 << 16):
+        while data := source.recv(1 << 14):
             if kept is not None:
                 kept += data
+            if rate:
+                time.sleep(len(data) / rate)
             target.sendall(data)
     with contextlib.suppress(OSError):
         target.shutdown(socket.SHUT_WR)
@@ -165,27 +185,64 @@ def postcopy(folder: Path) -> tuple[bytes, dict[str, object]]:
     return bytes(relay.sent), said
 
 
+def recovered(folder: Path) -> dict[str, object]:
+    """Return what query-migrate said of a post-copy whose connection broke, and that went on."""
+    sockets = [(folder / f"relay{i}.sock", folder / f"destination{i}.sock") for i in range(2)]
+    incoming = (*_TWO_BLOCKS, "-incoming", "defer")
+    with (
+        contextlib.closing(Qemu(folder, "destination", *incoming)) as destination,
+        contextlib.closing(Qemu(folder, "source", *_TWO_BLOCKS)) as source,
+    ):
+        for qemu in (source, destination):
+            qemu.capabilities("postcopy-ram", "postcopy-blocktime")
+        destination("migrate-incoming", uri=f"unix:{sockets[0][1]}")
+        relays = [Relay(*sockets[0], _SLOW)]
+        time.sleep(_BOOT_S)
+        source("migrate", uri=f"unix:{sockets[0][0]}")
+        _until(lambda: source("query-migrate").get("status") == "active")
+        time.sleep(0.5)
+        source("migrate-start-postcopy")
+        _until(lambda: source("query-migrate").get("status") == "postcopy-active")
+        time.sleep(0.5)
+        relays[0].cut()
+        for qemu in (source, destination):
+            _until(lambda qemu=qemu: qemu("query-migrate").get("status") == "postcopy-paused")
+        destination("migrate-recover", uri=f"unix:{sockets[1][1]}")
+        relays.append(Relay(*sockets[1], _SLOW))
+        source("migrate", uri=f"unix:{sockets[1][0]}", resume=True)
+        for qemu in (source, destination):
+            _until(lambda qemu=qemu: qemu("query-migrate").get("status") == "completed")
+        said = {"src": source("query-migrate"), "dst": destination("query-migrate")}
+        for relay in relays:
+            relay.join(_DEADLINE_S)
+    return said
+
+
 def main() -> None:
-    """Record both, each into its folder beside this file."""
+    """Record all, each into its folder beside this file."""
     version = subprocess.run(
         ["qemu-system-x86_64", "--version"], capture_output=True, text=True, check=True
     ).stdout.split()[3]
-    target = HERE / f"qemu-{version.rpartition('.')[0]}-relayed"
+    prefix = f"qemu-{version.rpartition('.')[0]}"
     print(f"QEMU {version}, kernel {platform.release()}", file=sys.stderr)
-    for name in ("precopy", "postcopy"):
+    chosen = sys.argv[1:] or ("precopy", "relayed", "recovered")
+    for name in chosen:
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
-            kept = (
-                target if name == "postcopy" else HERE / target.name.replace("relayed", "precopy")
-            )
-            shutil.rmtree(kept, ignore_errors=True)
-            kept.mkdir()
+            stream, said = None, None
             if name == "precopy":
                 stream = precopy(folder)
-            else:
+            elif name == "relayed":
                 stream, said = postcopy(folder)
+            else:
+                said = recovered(folder)
+            kept = HERE / f"{prefix}-{name}"
+            shutil.rmtree(kept, ignore_errors=True)
+            kept.mkdir()
+            if said is not None:
                 (kept / "query-migrate.json").write_text(json.dumps(said, indent=1) + "\n")
-            (kept / "stream.xz").write_bytes(lzma.compress(stream, preset=9))
+            if stream is not None:
+                (kept / "stream.xz").write_bytes(lzma.compress(stream, preset=9))
             for log in folder.glob("*.log"):
                 (kept / f"{log.name}.xz").write_bytes(lzma.compress(log.read_bytes(), preset=9))
 

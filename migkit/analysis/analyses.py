@@ -116,7 +116,7 @@ class Analyses(abc.ABC):
         if self.meta.get("engine") == "qemu":
             self.need("postcopy_place_page")
             return transfer.placed_frame(
-                destination, guest.page_size, self.origin_ns, guest.address
+                destination, guest.page_size, self.origin_ns, self.meta["blocks"]
             )
         self.need("ram_save_range")
         return transfer.transfer_frame(self.traces["source"], guest.page_size, self.origin_ns)

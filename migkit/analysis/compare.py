@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from migkit.analysis import schema
+from migkit.analysis.faults import STAGE_EVENTS
 from migkit.analysis.latency import waited
 from migkit.errors import OptionError
 
@@ -136,8 +137,15 @@ def _source_ms(run: Run, *phases: str) -> float | None:
 
 
 def _blocktime_ms(run: Run) -> float | None:
+    if STAGE_EVENTS["read"] not in run.recorded:
+        return None
     whole = run.blocktime.loc[run.blocktime["who"] == "all at once", "blocktime_ms"]
     return float(whole.iloc[0]) if len(whole) else None
+
+
+def _waiting_faults(run: Run) -> float | None:
+    known = STAGE_EVENTS["read"] in run.recorded
+    return float(len(waited(run.faults, ["latency_us"]))) if known else None
 
 
 _FIGURES: tuple[tuple[str, str, Callable[[Run], float | None]], ...] = (
@@ -145,7 +153,7 @@ _FIGURES: tuple[tuple[str, str, Callable[[Run], float | None]], ...] = (
     ("post-copy", "ms", lambda run: _source_ms(run, "post-copy", "completion")),
     ("downtime", "ms", lambda run: run.downtime.attrs["total_ms"]),
     ("blocktime", "ms", _blocktime_ms),
-    ("faults that waited", "faults", lambda run: float(len(waited(run.faults, ["latency_us"])))),
+    ("faults that waited", "faults", _waiting_faults),
 )
 
 

@@ -57,6 +57,9 @@ def requests_answered(run: Analyses) -> Iterator[Finding]:
     run.need("postcopy_ram_fault_thread_request", "postcopy_request_placed")
     if run.status != "completed":
         raise NotApplicableError(f"the migration did not complete: {run.status}")
+    ended = run.traces["destination"]["postcopy_ram_listen_thread_exit"]
+    if run.meta.get("destination_status") != "completed" and not len(ended):
+        raise NotApplicableError("the destination's trace does not reach its end")
     lost = run.faults[run.faults["resolution"] == "unresolved"]
     if len(lost):
         yield Finding(

@@ -65,7 +65,9 @@ DERIVED: dict[str, Table] = {
             "round": Column("int64", "counts from 1"),
             "start_ns": Column("int64", "begin, ns"),
             "duration_ms": Column("float64", "ms"),
-            "dirty_pages": Column("Int64", "pages to be sent when it began"),
+            "dirty_pages": Column(
+                "Int64", "pages to be sent when it began; of a QEMU those newly found dirty"
+            ),
             "pages": Column("Int64", "pages that were sent"),
             "bytes": Column("Int64", "of those, the content of pages that were not zero, bytes"),
             "mib_s": Column("float64", "that content, MiB a second"),
@@ -87,7 +89,8 @@ DERIVED: dict[str, Table] = {
                 ("precopy", "background", "prefetched", "requested"),
             ),
             "round": Column("Int64", "the round of pre-copy"),
-            "page": Column("int64", "the first host page"),
+            "block": Column("str", "the RAM block; empty if the trace does not tell it"),
+            "page": Column("int64", "the first host page; of no known block its address by size"),
             "pages": Column("int64", "how many pages"),
             "zero": Column("boolean", "they are zero; empty where the source did not say"),
             "bytes": Column("int64", "content that went over the wire: none of zero pages, bytes"),
@@ -101,7 +104,9 @@ DERIVED: dict[str, Table] = {
             "block": Column("str", "the RAM block"),
             "page": Column("int64", "host page"),
             "threads": Column("int64", "threads that waited for it"),
-            "wasted": Column("boolean", "the page was under way already"),
+            "wasted": Column(
+                "boolean", "the page was under way already; empty without the source's trace"
+            ),
             "answered": Column("boolean", "the page came"),
             "wait_us": Column("float64", "from the request to the page's placing, us"),
             "limited_us": Column(

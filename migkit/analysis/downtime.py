@@ -14,11 +14,14 @@ import numpy as np
 from migkit.analysis import schema
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import pandas as pd
 
     from migkit.trace.simpletrace import Trace
 
-# Part, who does it, and the event of which process that ends it.
+# Part, who does it, and the event of which process that ends it, or, where there was no such, the
+# next ones: QEMU without a return path, or in pre-copy.
 _POSTCOPY = (
     ("stop noticed", "source", "source", "guest_stopped"),
     ("final dirty scan", "source", "source", "migration_bitmap_sync_end"),
@@ -30,9 +33,11 @@ _POSTCOPY = (
 _PRECOPY = (
     ("stop noticed", "source", "source", "guest_stopped"),
     ("final dirty scan", "source", "source", "migration_bitmap_sync_end"),
-    ("last pages and CPU state sent", "source", "source", "migration_return_path_end_before"),
-    ("last pages loaded", "destination", "destination", "loadvm_postcopy_handle_run"),
-)
+    ("last pages and CPU state sent", "source", "source", "migration_return_path_end_before",
+     "migration_thread_after_loop"),
+    ("last pages loaded", "destination", "destination", "loadvm_postcopy_handle_run",
+     "process_incoming_migration_co_end"),
+)  # fmt: skip
 _LAST = ("guest starts", "destination")
 
 
@@ -56,8 +61,8 @@ def downtime_frame(source: Trace, destination: Trace) -> pd.DataFrame:
     traces = {"source": source, "destination": destination}
     found = [
         (name, side, time)
-        for name, side, process, event in parts
-        if (time := _first_after(traces[process], event, begin)) is not None
+        for name, side, process, *events in parts
+        if (time := _first_after(traces[process], events, begin)) is not None
     ]
     names = [name for name, _, _ in found] + [_LAST[0]]
     sides = [side for _, side, _ in found] + [_LAST[1]]
@@ -79,8 +84,11 @@ def downtime_frame(source: Trace, destination: Trace) -> pd.DataFrame:
     return frame
 
 
-def _first_after(trace: Trace, event: str, begin: int) -> int | None:
-    """Return when an event first occurred from ``begin`` on."""
-    times = trace[event]["ts_ns"].astype(np.int64)
-    times = times[times >= begin]
-    return int(times.min()) if len(times) else None
+def _first_after(trace: Trace, events: Sequence[str], begin: int) -> int | None:
+    """Return when the first of some events that occurred from ``begin`` on did so first."""
+    for event in events:
+        times = trace[event]["ts_ns"].astype(np.int64)
+        times = times[times >= begin]
+        if len(times):
+            return int(times.min())
+    return None

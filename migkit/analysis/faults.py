@@ -163,7 +163,8 @@ def _add_stages(rows: dict[str, Ints], source: Trace, destination: Trace, guest:
         rows[stage] = occurrences.times(reading.first_until(occurrences, bound))
     # Stamped after the fact, see the top; a page is sent for one request at most, so no bound.
     went = _occurrences(source, STAGE_EVENTS["sent"], "offset", 1)
-    rows["sent"] = np.where(kind == _LOCALLY, 0, went.times(reading.first_in(went)))
+    sent = np.where(kind == _LOCALLY, 0, went.times(reading.first_in(went)))
+    rows["sent"] = np.where(_unasked(source, len(went.ts), reading, size), 0, sent)
 
     answered = (rows["sent"] > 0) | (rows["channel"] == 1)
     told = guest.preempt or STAGE_EVENTS["sent"] in guest.recorded
@@ -171,6 +172,18 @@ def _add_stages(rows: dict[str, Ints], source: Trace, destination: Trace, guest:
         [kind == _NONE, kind == _LOCALLY, answered], [_UNRESOLVED, _LOCAL, _REQUESTED],
         _IN_FLIGHT if told else _NONE,
     )  # fmt: skip
+
+
+def _unasked(source: Trace, n_sent: int, reading: _Reading, size: int) -> Bools:
+    """Return which pages were sent, but not because they were asked for.
+
+    QEMU 7.2's postcopy_preempt_send_host_page is of every page that post-copy sends when requested
+    ones have a channel of their own, 8.0's of requested ones: the queue tells which were.
+    """
+    (queued,) = source.columns("get_queued_page", "ts_ns")
+    if not 0 < len(queued) < n_sent:
+        return np.zeros(1, np.bool_)
+    return reading.first_in(_occurrences(source, "get_queued_page", "tmp_offset", size)) < 0
 
 
 class _Reading:

@@ -49,6 +49,10 @@ class Occurrences:
         """Return the index of the first at or after ``ts`` (ascending) on the same page."""
         return _asof(ts, page, self.ts, self.page, "forward")
 
+    def last_until(self, ts: Ints, page: Ints) -> Ints:
+        """Return the index of the last at or before ``ts`` (ascending) on the same page."""
+        return _asof(ts, page, self.ts, self.page, "backward")
+
     def times(self, index: Ints) -> Ints:
         """Return the times of these indices."""
         return take(self.ts, index)

@@ -21,10 +21,14 @@ _LEAST_NEIGHBOURS = 5
 def waited(faults: pd.DataFrame, columns: Sequence[str] | None = None) -> pd.DataFrame:
     """Return the faults that waited for a page from the source and got it, by latency.
 
+    Without the source's trace it is not known whether a page was requested or in flight already:
+    those are among them.
+
     ``columns`` are those wanted; of a million faults, all of them take a second.
     """
-    remote = faults["resolution"].isin(["requested", "in_flight"]) & faults["latency_us"].notna()
-    rows = np.flatnonzero(remote)
+    remote = faults["resolution"].isin(["requested", "in_flight"])
+    remote |= faults["resolution"].isna() & faults["read_ns"].notna()
+    rows = np.flatnonzero(remote & faults["latency_us"].notna())
     order = np.argsort(faults["latency_us"].to_numpy()[rows], kind="stable")
     chosen = faults if columns is None else faults[list(columns)]
     return chosen.iloc[rows[order]]

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from migkit.analysis import schema
+from migkit.analysis.scans import scans
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -56,10 +57,15 @@ def phases_frame(source: Trace, destination: Trace, page_size: int) -> pd.DataFr
 def _source_marks(source: Trace, destination: Trace) -> Iterator[Mark]:
     """Yield what begins phases of the migration; that is the source's side."""
     yield from _state_marks(source)
-    for row in source["ram_save_round"]:
+    rounds = source["ram_save_round"]
+    for row in rounds:
         yield int(row["ts_ns"]), f"precopy round {int(row['round'])}"
+    if not len(rounds) and (active := _state(source, "active")):
+        yield active, "precopy"
     postcopy = _first(source, "postcopy_start")
-    switch = postcopy or _state(source, "device")
+    # QEMU has no state for it in pre-copy, or one that it enters late: the guest's stop tells.
+    stopped = "guest_stopped" in source.derived and _first(source, "guest_stopped")
+    switch = postcopy or stopped or _state(source, "device")
     if postcopy and (ahead := _discard_ahead(source, postcopy)):
         yield ahead, "discard"
     if switch:
@@ -167,13 +173,14 @@ def _moved(
 
 def _dirty_pages(source: Trace, name: str, start: int, end: int) -> int | None:
     """Return the pages that a round has to send, or that the last scan of another phase found."""
-    rounds, scans = source["ram_save_round"], source["migration_bitmap_sync_end"]
-    if name == "precopy round 1" and "ram_save_round" in source.derived:
+    rounds, of_qemu = source["ram_save_round"], "ram_save_round" in source.derived
+    if name == "precopy round 1" and of_qemu:
         return None  # QEMU's first scan finds what was dirtied since everything was
-    if name.startswith("precopy"):
+    if name.startswith("precopy round"):
         return int(rounds["dirty_pages"][rounds["ts_ns"] == start][0])
-    found = scans[(scans["ts_ns"] >= start) & (scans["ts_ns"] < end)]
-    return int(found["dirty_pages"][-1]) if len(found) else None
+    times, found = scans(source, of_qemu=of_qemu)
+    found = found[(times >= start) & (times < end)]
+    return int(found[-1]) if len(found) else None
 
 
 def _first(trace: Trace, event: str) -> int:

@@ -53,7 +53,8 @@ def load_qemu(
     or a mapping with ``src`` and ``dst``; it is kept in ``run.meta``. ``progress`` is told how
     many bytes have been read since it was last told.
 
-    Raises TraceFormatError for a file that is neither, or that has no trace event in it.
+    Raises TraceFormatError for a file that is neither, or that has no trace event in it; for one
+    of the other side, of both sides, or of several migrations.
     """
     given = {"source": source, "destination": destination}
     if source is None and destination is None:
@@ -65,14 +66,19 @@ def load_qemu(
         role: _read(path, registry, dialect, progress) if path is not None else _none(role, dialect)
         for role, path in given.items()
     }
+    for role, path in given.items():
+        if path is not None:
+            _check_side(role, path, traces[role])
+    _check_single(traces["source"])
     alignment = clocks.align(traces["source"], traces["destination"])
     if source is not None and destination is not None:
         traces["source"] = clocks.shifted(traces["source"], alignment.offset_ns)
     translated = translate.translated(traces["source"], traces["destination"])
-    traces = dict(zip(ROLES, translated, strict=True))
+    traces = dict(zip(ROLES, _known_to_both(*translated), strict=True))
     paths = {role: Path(path) for role, path in given.items() if path is not None}
     meta = _meta(traces, paths, alignment if len(paths) == 2 else None)
     meta["query_migrate"] = _query(query_migrate)
+    meta["memory"] = _memory(meta["query_migrate"], traces["destination"])
     return Run(QemuTraces(traces, paths, meta))
 
 
@@ -135,6 +141,66 @@ def _canonical(trace: Trace) -> Trace:
 
 def _none(role: str, dialect: Dialect) -> Trace:
     return Trace(dialect.registry([]), warnings=(f"there is no trace of the {role}",))
+
+
+# Neither side logs events of the other's, whatever is migrated and however.
+_ONLY_AT = {
+    "source": ("migration_thread_setup_complete", "migration_thread_low_pending",
+               "open_return_path_on_source", "migrate_handle_rp_req_pages"),
+    "destination": ("process_incoming_migration_co_end", "loadvm_process_command",
+                    "postcopy_ram_listen_thread_start", "postcopy_ram_fault_thread_request"),
+}  # fmt: skip
+
+
+def _check_side(role: str, path: str | os.PathLike[str], trace: Trace) -> None:
+    """Raise TraceFormatError for a trace of the other side, or of both."""
+    other = next(side for side in ROLES if side != role)
+    own, foreign = (
+        next((name for name in _ONLY_AT[side] if name in trace.events), None)
+        for side in (role, other)
+    )
+    if foreign and own:
+        raise TraceFormatError(
+            f"{path} has {own}, of a source or destination each, and {foreign}, of the other: two "
+            "QEMUs wrote into one file, or one was migrated to and then migrated on; give each "
+            "QEMU its own -D FILE, and cut it to one migration"
+        )
+    if foreign:
+        raise TraceFormatError(
+            f"{path} was given as the {role}'s trace, but {foreign} occurs only at a {other}: "
+            f"load_qemu({other}=...)"
+        )
+
+
+def _check_single(source: Trace) -> None:
+    """Raise TraceFormatError for a source that migrated several times, or tried to."""
+    rows = source["migrate_set_state"]
+    begins = np.sort(rows["ts_ns"][rows["new_state"] == "setup"].astype(np.int64))
+    if len(begins) > 1:
+        seconds, rest_ns = divmod(int(begins[-1]), 1_000_000_000)
+        raise TraceFormatError(
+            f"the source's trace holds {len(begins)} migrations, the last one begins at "
+            f"{seconds}.{rest_ns // 1000:06d} s with 'migrate_set_state new state setup': cut it "
+            "to one"
+        )
+
+
+def _known_to_both(source: Trace, destination: Trace) -> tuple[Trace, Trace]:
+    """Return both traces with registries that have the other's events too."""
+    known = [{event.name: event for event in trace.registry} for trace in (source, destination)]
+    return (
+        dataclasses.replace(source, registry=Registry([*(known[1] | known[0]).values()])),
+        dataclasses.replace(destination, registry=Registry([*(known[0] | known[1]).values()])),
+    )
+
+
+def _memory(query: Mapping[str, Any] | None, destination: Trace) -> int:
+    """Return the bytes of all RAM blocks, as query-migrate or the destination has them, else 0."""
+    said = ((query or {}).get("src") or {}).get("ram") or {}
+    if isinstance(total := said.get("total"), int):
+        return total
+    ranges = destination["postcopy_init_range"]
+    return sum(dict(zip(ranges["ramblock"], ranges["length"].tolist(), strict=True)).values())
 
 
 def _meta(
@@ -200,6 +266,7 @@ def _alignment_notices(alignment: Alignment) -> list[str]:
 
 def _states(trace: Trace) -> list[tuple[int, str]]:
     rows = trace["migrate_set_state"]
+    rows = rows[np.argsort(rows["ts_ns"], kind="stable")]
     return [(int(ts), str(s)) for ts, s in zip(rows["ts_ns"], rows["new_state"], strict=True)]
 
 

@@ -54,7 +54,9 @@ def requests_frame(faults: pd.DataFrame, source: Trace) -> pd.DataFrame:
             "block": asked["block"],
             "page": asked["page"],
             "threads": asked["threads"],
-            "wasted": (asked["resolution"] == "in_flight").astype("boolean"),
+            "wasted": (asked["resolution"] == "in_flight")
+            .astype("boolean")
+            .mask(asked["resolution"].isna()),
             "answered": asked["placed_ns"].notna().astype("boolean"),
             "wait_us": wait_us.astype("float64"),
             "limited_us": limited,

@@ -127,8 +127,10 @@ class Run(Analyses):
         """
         records = self._folder.load_probe(FAULT_DTYPE)
         source, destination = self.traces["source"], self.traces["destination"]
-        if len(blocks := self._faulting_blocks) < 2:
-            frame = faults_frame(source, destination, records, self._guest)
+        blocks = self._faulting_blocks
+        if len(blocks) < 2:
+            guest = blocks[0] if blocks else self._guest
+            frame = faults_frame(source, destination, records, guest)
         else:
             frame = schema.concat(
                 "faults",
@@ -262,9 +264,9 @@ class Run(Analyses):
 
     @property
     def _faulting_blocks(self) -> list[Guest]:
-        """The RAM blocks that had faults, where there are several: a QEMU's guest has."""
+        """The RAM blocks that had faults, where the run names its blocks: a QEMU's does."""
         blocks = self.meta.get("blocks", ())
-        if len(blocks) < 2:
+        if not blocks:
             return []
         (names,) = self.traces["destination"].columns(STAGE_EVENTS["read"], "ramblock")
         faulted = set(names.tolist())
@@ -288,9 +290,12 @@ class Run(Analyses):
         if name not in registry:
             return f"no trace event {name!r}; {close_matches(name, recorded)}"
         if self.meta.get("engine") == "qemu":
+            where = " and ".join(self.meta["files"].values())
+            traced = translate.DERIVED_FROM.get(name, name)
+            of = "" if traced == name else f" (of which {name} is made)"
             return (
-                f"the event {name!r} is not in {self.path}. Have QEMU record it with "
-                f"-trace {name}; of those recorded, {close_matches(name, recorded)}"
+                f"{traced}{of} is not in {where}: it did not occur, or QEMU was not told to "
+                f"record it, -trace {traced}; of those recorded, {close_matches(traced, recorded)}"
             )
         group = registry[name].group
         chosen = ",".join([*self.meta["options"]["trace"], name])
@@ -303,7 +308,7 @@ class Run(Analyses):
     def _fault_warnings(self) -> list[str]:
         """Say which stages of the fault table are empty, and why."""
         if self.meta.get("engine") == "qemu":
-            return list(translate.fault_warnings(self._recorded))
+            return list(translate.fault_warnings(self._recorded, self.traces))
         texts = []
         off = {stage: name for stage, name in STAGE_EVENTS.items() if name not in self._recorded}
         if off:

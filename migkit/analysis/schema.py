@@ -149,7 +149,8 @@ TABLES: dict[str, Table] = {
         {
             "name": Column(
                 "str",
-                "source: setup, precopy round N, discard, switchover, post-copy, completion; "
+                "source: setup, precopy round N (precopy if no scan was recorded), discard, "
+                "switchover, post-copy, completion; "
                 "destination: setup, load, listen, post-copy, cleanup or completion; after a "
                 "break: paused, recovery; after a cancel: cancelling",
             ),

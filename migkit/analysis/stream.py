@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import struct
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 
 from migkit.analysis import schema
+from migkit.analysis.blocktime import union
 from migkit.errors import OptionError, ProtocolError, TraceWarning
 from migkit.migration.records import Pages
 from migkit.migration.stream import (
@@ -79,6 +80,8 @@ class StreamSummary:
     bytes: dict[str, int]
     pages: dict[Any, dict[str, int]]
     """Pages by RAM block, then by flag."""
+    absent: dict[str, int]
+    """Pages by RAM block that a stream which has ended never had: they went another way."""
     block_bytes: dict[str, int]
     commands: dict[str, int]
     device_bytes: dict[str, int]
@@ -101,6 +104,12 @@ class StreamSummary:
             counts = self.pages.get(block, {})
             came = ", ".join(f"{flag} {n:,}" for flag, n in counts.items()) or "none"
             lines.append(f"{'pages':<13}{block} ({n_bytes // TARGET_PAGE:,}): {came}")
+        if self.absent:
+            which = ", ".join(f"{count:,} of {block}" for block, count in self.absent.items())
+            lines.append(
+                f"{'not in it':<13}{which}: multifd and postcopy-preempt have channels of their "
+                "own for pages, x-ignore-shared leaves shared ones out"
+            )
         commands = ", ".join(f"{n} {name}" for name, n in self.commands.items())
         lines.append(f"{'commands':<13}{commands or 'none'}")
         largest = sorted(self.device_bytes.items(), key=lambda item: -item[1])
@@ -159,6 +168,17 @@ def stream(path: str | os.PathLike[str], progress: Callable[[int], None] | None 
         is_described=rows.described is not None,
         warnings=tuple(texts),
     )
+
+
+def _absent(frame: pd.DataFrame, blocks: Mapping[str, int]) -> dict[str, int]:
+    """Return how many pages of each RAM block are never sent, where there are such."""
+    moved = frame[frame["flags"].isin(["page", "zero", "xbzrle", "compressed"])]
+    missing = {}
+    for block, n_bytes in blocks.items():
+        mine = moved[moved["block"] == block]
+        sent = union(mine["start"].to_numpy(np.int64), mine["end"].to_numpy(np.int64))
+        missing[block] = (n_bytes - int((sent[:, 1] - sent[:, 0]).sum())) // TARGET_PAGE
+    return {block: count for block, count in missing.items() if count}
 
 
 def _count_rest(file: IO[bytes]) -> int:
@@ -362,6 +382,7 @@ def _summarize(stream: Stream) -> StreamSummary:
         ended=bool((section == "eof").any()),
         bytes={name: count for name, count in n_bytes.items() if count},
         pages=pages,
+        absent=_absent(frame, stream.blocks) if (section == "eof").any() else {},
         block_bytes=stream.blocks,
         commands={str(name): int(count) for name, count in commands.items() if count},
         device_bytes={str(name): int(count) for name, count in devices.items()},

@@ -7,13 +7,13 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
+
 from migkit.analysis import latency
 from migkit.analysis.html import table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    import pandas as pd
 
     from migkit.analysis.run import Run
 
@@ -25,8 +25,9 @@ class Summary:
     """The figures of one run; times in ms or us, None for what is not known.
 
     ``pages`` and ``bytes`` say how they came, and are empty without samples; ``faults`` counts by
-    resolution; ``latency_us`` is over the faults that waited for the source (requested and in
-    flight).
+    resolution, ``unknown`` where the trace does not tell it; ``latency_us`` is over the faults
+    that waited for the source (requested and in flight). ``memory_bytes`` is of all RAM blocks, a
+    QEMU's video memory and firmware included, as in query-migrate; 0 is unknown.
     """
 
     status: str
@@ -64,13 +65,18 @@ class Summary:
     def _repr_html_(self) -> str:
         return table(self.rows())
 
+    @property
+    def guest(self) -> str:
+        """What was migrated, in words: the workload and its memory."""
+        size = f"{self.memory_bytes / _MIB:,.0f} MiB" if self.memory_bytes else "RAM unknown"
+        return f"{self.workload}, {size}"
+
     def rows(self) -> Iterator[tuple[str, str]]:
         """Yield the lines of the text block: a name and what is to be said of it."""
         both = (
             "" if self.status == self.destination_status else f", there {self.destination_status}"
         )
-        size = f"{self.memory_bytes / _MIB:,.0f} MiB"
-        yield "migration", f"{self.status}{both} ({self.workload}, {size})"
+        yield "migration", f"{self.status}{both} ({self.guest})"
         if self.total_ms is not None:
             phases = ", ".join(f"{name} {ms:,.1f}" for name, ms in self.phases_ms.items())
             yield "total", f"{self.total_ms:,.1f} ms: {phases}"
@@ -116,12 +122,13 @@ def summarize(run: Run) -> Summary:
     total_ms = float(mine["duration_ms"].sum()) if len(mine) else None
     remote = latency.waited(faults, ["latency_us"])["latency_us"]
     slowest = dict(zip(run.critical_path["at"], run.critical_path["stage"], strict=True))
-    counts = faults["resolution"].value_counts(sort=False)
+    counts = faults["resolution"].value_counts(sort=False, dropna=False)
+    counts.index = ["unknown" if pd.isna(name) else str(name) for name in counts.index]
     return Summary(
         status=run.status,
         destination_status=str(meta.get("destination_status", "unknown")),
         workload=str(meta.get("workload", {}).get("name", "unknown")),
-        memory_bytes=int(meta["options"]["memory"]),
+        memory_bytes=int(meta.get("memory", meta["options"]["memory"])),
         total_ms=total_ms,
         downtime_ms=run.downtime.attrs["total_ms"],
         phases_ms=_phases_ms(mine),

@@ -7,7 +7,7 @@ post-copy only.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -16,6 +16,10 @@ from migkit.analysis import schema
 from migkit.analysis.join import take
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import numpy.typing as npt
+
     from migkit.analysis.join import Ints
     from migkit.trace.simpletrace import Trace
 
@@ -40,6 +44,7 @@ def transfer_frame(source: Trace, page_size: int, origin_ns: int) -> pd.DataFram
     how = np.select([~postcopy, near], [_PRECOPY, _PREFETCHED], _BACKGROUND)
     return _frame(
         ts=np.concatenate([ts, _ints(alone["ts_ns"])]),
+        block=np.concatenate([ranges["rbname"], alone["str"]]),
         page=np.concatenate([page, _ints(alone["offset"])]),
         pages=np.concatenate([_ints(ranges["len"]) // page_size, np.ones(len(alone), np.int64)]),
         how=np.concatenate([how, np.full(len(alone), _REQUESTED)]),
@@ -50,17 +55,22 @@ def transfer_frame(source: Trace, page_size: int, origin_ns: int) -> pd.DataFram
     )
 
 
-def placed_frame(destination: Trace, page_size: int, origin_ns: int, base: int) -> pd.DataFrame:
+def placed_frame(
+    destination: Trace, page_size: int, origin_ns: int, blocks: Sequence[Mapping[str, Any]]
+) -> pd.DataFrame:
     """Return what the destination placed in post-copy, as QEMU's events tell it.
 
-    The frame of :func:`transfer_frame`, a row a page; ``base`` is where page 0 is mapped.
+    The frame of :func:`transfer_frame`, a row a page; ``blocks`` are the RAM blocks that are
+    known: ``name``, ``address`` where they are mapped, ``size``, bytes.
     """
     data, zero = destination["postcopy_place_page"], destination["postcopy_place_page_zero"]
     ts = np.concatenate([_ints(data["ts_ns"]), _ints(zero["ts_ns"])])
     address = np.concatenate([_ints(data["host_addr"]), _ints(zero["host_addr"])])
     asked = _ints(destination["postcopy_page_req_add"]["addr"])
+    block, base = _blocks_of(address, blocks)
     return _frame(
         ts=ts,
+        block=block,
         page=(address - base) // page_size,
         pages=np.ones(len(ts), np.int64),
         how=np.where(np.isin(address, asked), _REQUESTED, _BACKGROUND),
@@ -69,6 +79,18 @@ def placed_frame(destination: Trace, page_size: int, origin_ns: int, base: int) 
         page_size=page_size,
         origin_ns=origin_ns,
     )
+
+
+def _blocks_of(
+    address: Ints, blocks: Sequence[Mapping[str, Any]]
+) -> tuple[npt.NDArray[np.object_], Ints]:
+    """Return the RAM block that each address is in and where that begins; '' and 0 if unknown."""
+    names, bases = np.full(len(address), "", object), np.zeros(len(address), np.int64)
+    for block in blocks:
+        begin = int(block["address"])
+        inside = (address >= begin) & (address < begin + int(block["size"]))
+        names[inside], bases[inside] = block["name"], begin
+    return names, bases
 
 
 def totals(transfer: pd.DataFrame) -> pd.DataFrame:
@@ -105,12 +127,13 @@ def over_time(transfer: pd.DataFrame, n_bins: int = 100) -> pd.DataFrame:
 
 
 def _frame(
-    *, ts: Ints, page: Ints, pages: Ints, how: Ints, zero: Ints, rounds: np.ndarray, page_size: int,
-    origin_ns: int,
+    *, ts: Ints, block: npt.NDArray[np.object_], page: Ints, pages: Ints, how: Ints, zero: Ints,
+    rounds: np.ndarray, page_size: int, origin_ns: int,
 ) -> pd.DataFrame:  # fmt: skip
     """Return rows in order of time as the table of the schema; ``zero`` is -1 where unknown."""
     order = np.argsort(ts, kind="stable")
     ts, page, pages, how, zero = (a[order] for a in (ts, page, pages, how, zero))
+    block = block[order]
     index = np.searchsorted(_ints(rounds["ts_ns"]), ts, "right") - 1
     number = take(_ints(rounds["round"]), index)
     kinds = pd.CategoricalDtype(list(schema.table("transfer").columns["how"].choices))
@@ -121,6 +144,7 @@ def _frame(
             "time_s": (ts - origin_ns) / 1e9,
             "how": pd.Categorical.from_codes(how, dtype=kinds),
             "round": pd.arrays.IntegerArray(number, (number == 0) | (how != _PRECOPY)),
+            "block": block,
             "page": page,
             "pages": pages,
             "zero": pd.arrays.BooleanArray(zero == 1, zero < 0),

@@ -23,13 +23,14 @@ import numpy as np
 
 from migkit.analysis.faults import Guest
 from migkit.analysis.join import Occurrences
+from migkit.analysis.scans import scans
 from migkit.trace.decode import event_dtype
 from migkit.trace.logtrace import LogTrace
 from migkit.trace.recorded import RecordedEvents
 from migkit.trace.simpletrace import Trace
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     import numpy.typing as npt
 
@@ -76,8 +77,22 @@ def _only(trace: Trace, guest: Guest) -> Trace:
     return Trace(trace.registry, ChainMap(chosen, trace.events))  # type: ignore[arg-type]
 
 
-def fault_warnings(recorded: frozenset[str]) -> Iterator[str]:
+DERIVED_FROM = {
+    "guest_stopped": "runstate_set",
+    "guest_started": "runstate_set",
+    "ram_save_round": "migration_bitmap_sync_end",
+    "postcopy_request_received": "ram_load_postcopy_loop",
+    "postcopy_request_placed": "postcopy_place_page",
+}
+"""The event of QEMU behind each event of ours that no QEMU has."""
+
+
+def fault_warnings(recorded: frozenset[str], traces: Mapping[str, Trace]) -> Iterator[str]:
     """Say which stages of the fault table are empty, and which of QEMU's events would tell."""
+    states = [trace["migrate_set_state"]["new_state"].tolist() for trace in traces.values()]
+    if any(states) and not any(s.startswith("postcopy") for side in states for s in side):
+        yield "faults: there are none: the migration did not come to post-copy"
+        return
     off = {stage: name for stage, name in _STAGE_SOURCES.items() if name not in recorded}
     if off:
         yield (
@@ -107,17 +122,22 @@ def _of_source(trace: Trace) -> Iterator[tuple[str, npt.NDArray[np.void]]]:
     if len(states):
         stops = states[(states["current_state_str"] == "running") & _is_migrating(states)]
         yield "guest_stopped", _make(trace, "guest_stopped", stops, ts=stops["ts_ns"])
-    scans = trace["migration_bitmap_sync_end"]
-    if len(scans):
+    rows = trace["migration_bitmap_sync_end"]
+    rows = rows[np.argsort(rows["ts_ns"], kind="stable")]
+    if len(rows):
+        _, found = scans(trace, of_qemu=True)
         switch = trace["postcopy_start"]["ts_ns"]
         if not len(switch):
-            switch = states["ts_ns"][states["current_state_str"] == "running"]
-        before = scans[scans["ts_ns"] < switch.max()] if len(switch) else scans
+            switch = states["ts_ns"][
+                (states["current_state_str"] == "running") & _is_migrating(states)
+            ]
+        early = rows["ts_ns"] < (switch.max() if len(switch) else np.iinfo(np.int64).max)
+        before = rows[early]
         yield (
             "ram_save_round",
             _make(
                 trace, "ram_save_round", before, round=np.arange(len(before)) + 1,
-                dirty_pages=before["dirty_pages"],
+                dirty_pages=found[early],
             ),
         )  # fmt: skip
     taken = trace["get_queued_page"]
@@ -151,10 +171,28 @@ def _of_destination(trace: Trace) -> Iterator[tuple[str, npt.NDArray[np.void]]]:
     records = trace["ram_load_postcopy_loop"]
     if len(records):
         came = Occurrences.of(records["ts_ns"], records["addr"], records["channel"])
-        yield (
-            "postcopy_request_received",
-            _answers(trace, "postcopy_request_received", requests, "offset", came, "channel"),
-        )
+        answered = _answers(trace, "postcopy_request_placed", requests, "hostaddr", placed, "kind")
+        yield "postcopy_request_received", _receipts(trace, requests, answered, came)
+
+
+def _receipts(
+    trace: Trace, requests: npt.NDArray[np.void], answered: npt.NDArray[np.void], came: Occurrences
+) -> npt.NDArray[np.void]:
+    """Return when the pages that were requested had been read.
+
+    A record says not of which RAM block its page is, but is followed by the page's placing: it is
+    the last of that offset before it. Where no placing is known the first after the request is.
+    """
+    event = "postcopy_request_received"
+    if not len(answered):
+        return _answers(trace, event, requests, "offset", came, "channel")
+    answered = answered[np.argsort(answered["ts_ns"], kind="stable")]
+    found = came.last_until(answered["ts_ns"].astype(np.int64), answered["offset"].astype(np.int64))
+    index, answered = found[found >= 0], answered[found >= 0]
+    fields = {"rbname": answered["rbname"], "offset": answered["offset"]}
+    rows = _make(trace, event, answered, **fields, channel=came.value[index])
+    rows["ts_ns"] = came.ts[index]
+    return rows
 
 
 def _answers(

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from migkit.analysis import schema
+from migkit.analysis.scans import scans
 
 if TYPE_CHECKING:
     from migkit.trace.simpletrace import Trace
@@ -24,11 +25,8 @@ def working_set_frame(
     post-copy only what was missing is seen: pages that came before the guest touched them are
     not in it (with the eBPF probe they are, as minor faults).
     """
-    scans = source["migration_bitmap_sync_end"]
-    scans = scans[np.argsort(scans["ts_ns"], kind="stable")]
-    end = scans["ts_ns"].astype(np.int64)
+    end, dirty = scans(source, of_qemu="ram_save_round" in source.derived)
     begin = np.concatenate([end[:1], end[:-1]])
-    dirty = scans["dirty_pages"].astype(np.int64)
     # The first scan finds all of RAM: nobody wrote that since a scan before it.
     begin, end, dirty = begin[1:], end[1:], dirty[1:]
     parts = [_rows("written", begin, end, dirty, np.full(len(end), -1))]

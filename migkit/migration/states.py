@@ -11,6 +11,7 @@ from __future__ import annotations
 import enum
 import threading
 from collections.abc import Callable, Mapping
+from typing import Any
 
 
 class Status(enum.StrEnum):
@@ -71,18 +72,24 @@ _RUNNING = frozenset(SOURCE) - {
     _S.NONE, _S.CANCELLING, _S.CANCELLED, _S.COMPLETED, _S.FAILING, _S.FAILED
 }  # fmt: skip
 
-QEMU_SOURCE: Mapping[Status, frozenset[Status]] = {
+QEMU_SOURCE: Mapping[str, frozenset[str]] = {
     # 7.2 enters post-copy before its guest stops; 10.2 and later cancel whatever runs when they
-    # quit, a paused post-copy too (migration_cancel).
+    # quit, a paused post-copy too (migration_cancel). postcopy-recover-setup came with 9.1.
+    # wait-unplug is for failover network cards, colo for a guest that runs at both sides.
     **{state: frozenset({_S.CANCELLING}) for state in _RUNNING},
-    _S.ACTIVE: frozenset({_S.POSTCOPY_ACTIVE, _S.CANCELLING}),
+    _S.SETUP: frozenset({"wait-unplug", _S.CANCELLING}),
+    "wait-unplug": frozenset({_S.ACTIVE, *_BEFORE_POSTCOPY}),
+    _S.ACTIVE: frozenset({_S.POSTCOPY_ACTIVE, "colo", _S.CANCELLING}),
+    "colo": frozenset({_S.COMPLETED, *_BEFORE_POSTCOPY}),
+    _S.POSTCOPY_PAUSED: frozenset({_S.POSTCOPY_RECOVER, _S.CANCELLING}),
     _S.DEVICE: frozenset({_S.POSTCOPY_ACTIVE, _S.ACTIVE, _S.CANCELLING}),
 }
 """What real QEMUs do at the source beyond :data:`SOURCE`; only traces are judged by it."""
 
-QEMU_DESTINATION: Mapping[Status, frozenset[Status]] = {
+QEMU_DESTINATION: Mapping[str, frozenset[str]] = {
     _S.NONE: frozenset({_S.ACTIVE}),
-    _S.ACTIVE: frozenset({_S.POSTCOPY_DEVICE}),
+    _S.ACTIVE: frozenset({_S.POSTCOPY_DEVICE, "colo"}),
+    "colo": frozenset({_S.COMPLETED, _S.FAILED}),
     _S.POSTCOPY_DEVICE: frozenset({_S.POSTCOPY_ACTIVE, _S.FAILED}),
     _S.POSTCOPY_PAUSED: frozenset({_S.POSTCOPY_RECOVER_SETUP}),
     _S.POSTCOPY_RECOVER_SETUP: frozenset({_S.POSTCOPY_RECOVER, _S.POSTCOPY_PAUSED}),
@@ -92,6 +99,7 @@ QEMU_DESTINATION: Mapping[Status, frozenset[Status]] = {
 
 def is_known(side: str, old: str, new: str) -> bool:
     """Whether a side may go from ``old`` to ``new``, names as in a trace, by any of the tables."""
+    both: tuple[Mapping[Any, frozenset[Any]], ...]
     both = (SOURCE, QEMU_SOURCE) if side == "source" else (DESTINATION, QEMU_DESTINATION)
     return any(new in after for table in both for before, after in table.items() if before == old)
 

@@ -23,7 +23,7 @@ from migkit.migration.stream import (
     SectionBegins,
     StreamDecoder,
 )
-from migkit.migration.wire import TARGET_PAGE, BlockLayout, Command, RamFlag, Section
+from migkit.migration.wire import MAGIC, TARGET_PAGE, BlockLayout, Command, RamFlag, Section
 
 MAX_DEVICE = 16 << 20
 """A longer device state, and a longer description, is refused."""
@@ -36,6 +36,7 @@ _XBZRLE = 0x40  # RAM_SAVE_FLAG_XBZRLE
 _COMPRESSED = 0x100  # RAM_SAVE_FLAG_COMPRESS_PAGE, up to QEMU 9.0
 _MULTIFD_FLUSH = 0x200  # RAM_SAVE_FLAG_MULTIFD_FLUSH
 _CONTINUE = int(RamFlag.CONTINUE)
+_MULTIFD_MAGIC = 0x11223344  # MULTIFD_MAGIC
 _FOOTER = struct.Struct(">BI")
 
 
@@ -92,6 +93,8 @@ class FileDecoder(StreamDecoder):
         self._records = PageRecords(self._sizes, self.buffer)
         self._block = ""
         self._scanned = 0
+        self._addresses = False
+        """Each RAM block's address in the guest follows its size: x-ignore-shared."""
 
     def pieces(self, file: IO[bytes]) -> Iterator[Piece]:
         """Yield all that is in a file, gapless; raise ProtocolError where it cannot go on.
@@ -113,6 +116,22 @@ class FileDecoder(StreamDecoder):
             count = file.readinto(room) if len(room) else 0  # type: ignore[attr-defined]
             buffer.tail += count
             self.at_end = not count
+
+    def _header(self) -> Event:
+        """Read the header; of a channel that has none say which it looks like."""
+        magic = self.buffer.u32()
+        if magic == _MULTIFD_MAGIC:
+            what = "a multifd channel, whose packets are not decoded"
+        elif magic >> 16 == Section.COMMAND << 8:
+            what = (
+                "a stream that resumes a paused migration: it has no header, and its first half "
+                "named the RAM blocks"
+            )
+        elif not magic >> 16:
+            what = "perhaps the channel of requested pages, which has no header"
+        else:
+            return super()._header()
+        raise self._fail(f"magic {magic:#x}, expected {MAGIC:#x}: no migration stream, but {what}")
 
     def _section(self) -> FileEvent:  # type: ignore[override]
         if self.buffer.u8() == Section.VMDESCRIPTION:
@@ -139,6 +158,7 @@ class FileDecoder(StreamDecoder):
             count = b.u32(at)
             at += 4
             for _ in range(min(count, 256)):
+                self._addresses |= b.string(at) == "x-ignore-shared"
                 at += 1 + b.u8(at)
         else:
             raise self._fail(f"unknown part of the configuration {name!r}")
@@ -202,6 +222,7 @@ class FileDecoder(StreamDecoder):
             if self._advised and not follows >> 56 and follows >= 2 * TARGET_PAGE:
                 page_size = follows
                 at += 8
+            at += 8 * self._addresses
             if not name or not 0 < size <= left:
                 raise self._fail(f"RAM block {name!r} of {size} bytes, {left} were left to name")
             left -= size

@@ -56,7 +56,7 @@ def write_report(run: Run, path: str | os.PathLike[str]) -> None:
 def report(run: Run) -> str:
     """Return a run's report as an HTML document."""
     figures = run.summary()
-    name = f"{figures.workload}, {figures.memory_bytes >> 20:,} MiB: {figures.status}"
+    name = f"{figures.guest}: {figures.status}"
     parts = [_summary(run), _checks(run)]
     parts += [_section(run, section) for section in _SECTIONS]
     return page(title=f"Migration report: {name}", heading=f"Migration of {name}", parts=parts)

@@ -80,7 +80,7 @@ def plot_timeline(run: Run) -> Figure:
 
 def _title(run: Run) -> str:
     figures = run.summary()
-    text = f"{figures.workload}, {figures.memory_bytes >> 20} MiB: {figures.status}"
+    text = f"{figures.guest}: {figures.status}"
     if figures.total_ms is not None:
         text += f" after {duration(figures.total_ms * 1e3)}"
     if figures.downtime_ms is not None:
@@ -225,7 +225,8 @@ def _draw_faults(axes: Axes, run: Run) -> None:
         text += f", {len(shown):,} of them drawn"
     headline(axes, text)
     axes.set_ylabel("place in RAM (MiB)")
-    axes.set_ylim(0, int(run.meta["options"]["memory"]) / _MIB)
+    sizes = [int(block["size"]) for block in run.meta.get("blocks", ())]
+    axes.set_ylim(0, max([int(run.meta["options"]["memory"]), *sizes]) / _MIB or None)
     if faults.empty:
         note(axes, "no faults" if not faults.attrs["warnings"] else "no faults were recorded")
     size = 5 if len(shown) > _MANY_POINTS else 16
