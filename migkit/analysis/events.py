@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
+    from migkit.trace.registry import Event
     from migkit.trace.simpletrace import Trace
 
 _TEXT = pa.large_string()
@@ -104,18 +105,19 @@ def _part(process: str, trace: Trace, codes: dict[str, int]) -> _Part:
         table = np.array([codes.setdefault(name, len(codes)) for name in log.names], np.int32)
         sides = np.full(len(log), side, np.int8)
         return _Part(log.ts_ns, sides, log.tid, table[log.code], log.args)
-    printed = {n: _print(trace, n) for n in trace.events if n not in trace.derived}
-    printed = {name: each for name, each in printed.items() if len(each.seq)}
+    printed = [
+        (n, each) for n in trace.events if n not in trace.derived for each in _print(trace, n)
+    ]
     if not printed:
         none = np.zeros(0, np.int64)
         return _Part(none, none.astype(np.int8), none, none.astype(np.int32), pa.array([], _TEXT))
     ts, seq, tid = (
-        np.concatenate([getattr(each, name) for each in printed.values()]).astype(np.int64)
+        np.concatenate([getattr(each, name) for _, each in printed]).astype(np.int64)
         for name in ("ts", "seq", "tid")
     )
-    own = [codes.setdefault(trace.originals.get(n, n), len(codes)) for n in printed]
-    code = np.repeat(np.array(own, np.int32), [len(each.seq) for each in printed.values()])
-    text = pa.concat_arrays([text for each in printed.values() for text in each.texts])
+    own = [codes.setdefault(trace.originals.get(n, n), len(codes)) for n, _ in printed]
+    code = np.repeat(np.array(own, np.int32), [len(each.seq) for _, each in printed])
+    text = pa.concat_arrays([each.text for _, each in printed])
     order = _by_place(seq)
     sides = np.full(len(ts), side, np.int8)
     return _Part(ts[order], sides, tid[order], code[order], text.take(pa.array(order)))
@@ -123,31 +125,37 @@ def _part(process: str, trace: Trace, codes: dict[str, int]) -> _Part:
 
 @dataclass(frozen=True)
 class _Printed:
-    """The records of one event: columns (n,), ``texts`` the Arrow arrays of their arguments."""
+    """Some records of one event: columns (n,), ``text`` the Arrow array of their arguments."""
 
     ts: npt.NDArray[np.uint64]
     seq: npt.NDArray[np.int64]
     tid: npt.NDArray[np.uint32]
-    texts: list[Any]
+    text: Any
 
 
-def _print(trace: Trace, name: str) -> _Printed:
-    """Print the arguments of one event's records as QEMU's log does."""
+def _print(trace: Trace, name: str) -> Iterator[_Printed]:
+    """Print the arguments of one event's records as QEMU's log does, some at a time."""
     event = trace.registry[name]
     if isinstance(trace.events, RecordedEvents):
         recorded = trace.events.recorded[name]
-        heads, seq = recorded.records.headers, recorded.seq
-        arguments = recorded.arguments()
-    else:
-        heads = rows = trace.events[name]
-        seq = rows["seq"].astype(np.int64)
-        columns = [rows[field] for field in (rows.dtype.names or ())[3:]]
-        arguments = ([column[chunk] for column in columns] for chunk in chunks(len(rows)))
-    if event.args:
-        texts = [print_columns(event, each) for each in arguments]
-    else:
-        texts = [pa.repeat(pa.scalar(event.format, _TEXT), len(seq))]
-    return _Printed(heads["ts_ns"], seq, heads["tid"], texts)
+        for chunk, (headers, arguments) in zip(
+            chunks(len(recorded.seq)), recorded.pieces(), strict=True
+        ):
+            text = _text(event, arguments, len(headers))
+            yield _Printed(headers["ts_ns"], recorded.seq[chunk], headers["tid"], text)
+        return
+    rows = trace.events[name]
+    for chunk in chunks(len(rows)):
+        part = rows[chunk]
+        arguments = [part[field] for field in (rows.dtype.names or ())[3:]]
+        text = _text(event, arguments, len(part))
+        yield _Printed(part["ts_ns"], part["seq"].astype(np.int64), part["tid"], text)
+
+
+def _text(event: Event, arguments: Sequence[npt.NDArray[Any]], count: int) -> Any:
+    if not event.args:
+        return pa.repeat(pa.scalar(event.format, _TEXT), count)
+    return print_columns(event, arguments)
 
 
 def _by_place(seq: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from numpy.lib.stride_tricks import sliding_window_view
 
-from migkit.trace.layout import HEADER, MAX_EVENT_ID, MIN_LENGTH, RECORD, TYPE_BYTES
+from migkit.trace.layout import HEADER, LENGTH_AT, MAX_EVENT_ID, MIN_LENGTH, RECORD, TYPE_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,8 +30,6 @@ Scalar = TypeVar("Scalar", bound=np.generic)
 
 WORD = np.dtype(np.uint64)
 
-_OPAQUE_HEADER = np.dtype((np.void, HEADER.itemsize))
-_LENGTH_AT = 24
 _LANE_BYTES = 16384
 _CHUNK = 1 << 15
 _MAX_LANES = 1024
@@ -69,9 +67,8 @@ class Records:
     offsets: Offsets
     headers: npt.NDArray[np.void]
 
-    def __getitem__(self, chosen: slice | npt.NDArray[np.intp]) -> Records:
-        headers = self.headers.view(_OPAQUE_HEADER)[chosen].view(HEADER)
-        return Records(self.offsets[chosen], headers)
+    def __getitem__(self, chosen: slice) -> Records:
+        return Records(self.offsets[chosen], self.headers[chosen])
 
 
 @dataclass(frozen=True)
@@ -136,7 +133,7 @@ def _step(data: Bytes, at: Offsets) -> Offsets:
     Single bytes are gathered several times as fast as words that may lie at any alignment, and
     most records are so short that the lowest byte tells their length, few longer than two tell.
     """
-    low, high = data[_LENGTH_AT:], data[_LENGTH_AT + 1 :]
+    low, high = data[LENGTH_AT:], data[LENGTH_AT + 1 :]
     steps = np.empty((_STEPS_A_ROUND + 1, at.size), np.int64)
     steps[0] = at
     for here, there in pairwise(steps):

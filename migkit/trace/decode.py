@@ -10,21 +10,20 @@ import numpy as np
 
 from migkit.errors import TraceFormatError
 from migkit.trace.chase import chunks, gather
-from migkit.trace.layout import HEADER, MAX_STRING, TYPE_BYTES
+from migkit.trace.layout import HEADER, LENGTH, LENGTH_AT, MAX_STRING, TYPE_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     import numpy.typing as npt
 
-    from migkit.trace.chase import Bytes, Offsets, Records, Scalar
-    from migkit.trace.registry import Event
+    from migkit.trace.chase import Bytes, Offsets, Scalar
+    from migkit.trace.registry import Argument, Event
 
 _COMMON = {"ts_ns": np.uint64, "tid": np.uint32, "seq": np.uint64}
 _COMMON_STRINGS = 8
 _MAX_COPIED = 1 << 16
 _WORD_BYTES = 8
-_TEXT_LENGTH = np.dtype(np.uint32)
 
 
 def event_dtype(event: Event) -> np.dtype[np.void]:
@@ -59,7 +58,7 @@ class EventRecords:
 
     event: Event
     data: Bytes
-    records: Records
+    offsets: Offsets
     seq: Offsets
     """Each record's place in the file."""
 
@@ -67,31 +66,47 @@ class EventRecords:
         """Raise TraceFormatError unless each record holds exactly the event's arguments."""
         for payloads in self._payloads():
             for argument in self.event.args:
-                payloads.skip(payloads.text_lengths() if argument.is_string else _WORD_BYTES)
+                payloads.skip_argument(argument)
             payloads.check_end()
 
     def rows(self) -> npt.NDArray[np.void]:
         """Return them as an array of `event_dtype`; raises what `check` does."""
         rows = np.empty(self.seq.size, event_dtype(self.event))
-        headers = self.records.headers
-        rows["ts_ns"], rows["tid"], rows["seq"] = headers["ts_ns"], headers["tid"], self.seq
+        rows["seq"] = self.seq
         names = _field_names(self.event)
-        for chunk, columns in zip(chunks(self.seq.size), self.arguments(), strict=True):
-            for name, column in zip(names, columns, strict=True):
-                rows[name][chunk] = column
+        for chunk, (headers, arguments) in zip(chunks(self.seq.size), self.pieces(), strict=True):
+            part = rows[chunk]
+            part["ts_ns"], part["tid"] = headers["ts_ns"], headers["tid"]
+            for name, column in zip(names, arguments, strict=True):
+                part[name] = column
         return rows
+
+    def pieces(self) -> Iterator[tuple[npt.NDArray[np.void], list[npt.NDArray[Any]]]]:
+        """Yield headers and arguments, an array each, of some records at a time; as `check`."""
+        dtype = event_dtype(self.event)
+        dtypes = [dtype[name] for name in _field_names(self.event)]
+        for payloads in self._payloads():
+            yield (
+                payloads.headers,
+                [
+                    payloads.strings() if argument.is_string else payloads.take(item)
+                    for argument, item in zip(self.event.args, dtypes, strict=True)
+                ],
+            )
+            payloads.check_end()
 
     def columns(self, *fields: str) -> tuple[npt.NDArray[Any], ...]:
         """Return some fields of `rows`, without the others; raises what `check` does."""
         dtype = event_dtype(self.event)
         columns = {name: np.empty(self.seq.size, dtype[name]) for name in fields}
-        common = {"ts_ns": self.records.headers["ts_ns"], "tid": self.records.headers["tid"]}
-        common["seq"] = self.seq
-        columns |= {name: common[name].astype(dtype[name]) for name in fields if name in common}
+        if "seq" in columns:
+            columns["seq"][:] = self.seq
         for chunk, payloads in zip(chunks(self.seq.size), self._payloads(), strict=True):
+            for name in columns.keys() & {"ts_ns", "tid"}:
+                columns[name][chunk] = payloads.headers[name]
             for name, argument in zip(_field_names(self.event), self.event.args, strict=True):
                 if name not in columns:
-                    payloads.skip(payloads.text_lengths() if argument.is_string else _WORD_BYTES)
+                    payloads.skip_argument(argument)
                 elif argument.is_string:
                     columns[name][chunk] = payloads.strings()
                 else:
@@ -99,20 +114,9 @@ class EventRecords:
             payloads.check_end()
         return tuple(columns[name] for name in fields)
 
-    def arguments(self) -> Iterator[list[npt.NDArray[Any]]]:
-        """Yield the arguments of some records at a time, an array each; raises as `check`."""
-        dtype = event_dtype(self.event)
-        dtypes = [dtype[name] for name in _field_names(self.event)]
-        for payloads in self._payloads():
-            yield [
-                payloads.strings() if argument.is_string else payloads.take(item)
-                for argument, item in zip(self.event.args, dtypes, strict=True)
-            ]
-            payloads.check_end()
-
     def _payloads(self) -> Iterator[_Payloads]:
         for chunk in chunks(self.seq.size):
-            yield _Payloads(self.data, self.event, self.records[chunk])
+            yield _Payloads(self.data, self.event, self.offsets[chunk])
 
 
 class _Payloads:
@@ -122,34 +126,27 @@ class _Payloads:
     the first argument on whose length differs, each record has a place of its own.
     """
 
-    def __init__(self, data: Bytes, event: Event, records: Records) -> None:
+    def __init__(self, data: Bytes, event: Event, offsets: Offsets) -> None:
         self._data = data
         self._event = event
-        self._offsets = records.offsets
-        self._ends = records.headers["length"].astype(np.int64) + TYPE_BYTES
+        self._offsets = offsets
+        self.headers = gather(data, offsets, HEADER)
+        self._ends = self.headers["length"].astype(np.int64) + TYPE_BYTES
         self._at: Offsets | int = HEADER.itemsize
         size = int(self._ends[0])
         self._alike = size <= _MAX_COPIED and bool((self._ends == size).all())
 
     def take(self, item: np.dtype[Scalar]) -> npt.NDArray[Scalar]:
         """Return the next item of each record."""
-        at = self.skip(item.itemsize)
-        if not self._alike:
-            return gather(self._data, self._offsets + at, item)
-        copies = self._copies
-        return np.ndarray(copies.shape, item, copies.data, cast("int", at), copies.strides)
-
-    def text_lengths(self) -> Offsets:
-        """Return the length of the next string of each record."""
-        return self.take(_TEXT_LENGTH).astype(np.int64)
+        return self._column(self._skip(item.itemsize), item)
 
     def strings(self) -> npt.NDArray[np.object_]:
         """Return the next string of each record; equal ones of equal length share one str."""
-        lengths = self.text_lengths()
+        lengths = self._text_lengths()
         length = int(lengths[0])
         if self._alike and 0 < length <= _MAX_COPIED and (lengths == length).all():
             return _equal_length_strings(self.take(np.dtype((np.void, length))))
-        at = self._offsets + self.skip(lengths)
+        at = self._offsets + self._skip(lengths)
         texts = np.full(at.size, "", object)
         order = np.argsort(lengths, kind="stable")
         bounds = np.flatnonzero(np.diff(lengths[order])) + 1
@@ -159,11 +156,15 @@ class _Payloads:
                 texts[group] = _equal_length_strings(gather(self._data, at[group], item))
         return texts
 
+    def skip_argument(self, argument: Argument) -> None:
+        """Go behind the next argument of each record."""
+        self._skip(self._text_lengths() if argument.is_string else _WORD_BYTES)
+
     def check_end(self) -> None:
         """Raise TraceFormatError unless everything has been taken."""
         self._check(self._ends == self._at)
 
-    def skip(self, sizes: Offsets | int) -> Offsets | int:
+    def _skip(self, sizes: Offsets | int) -> Offsets | int:
         """Go behind the next item of each record; return where it lies in the record."""
         if self._alike and not isinstance(sizes, int):
             if (sizes == sizes[0]).all():
@@ -173,6 +174,16 @@ class _Payloads:
         at, self._at = self._at, self._at + sizes
         self._check(self._ends >= self._at)
         return at
+
+    def _column(self, at: Offsets | int, item: np.dtype[Scalar]) -> npt.NDArray[Scalar]:
+        """Return what each record has at a place in it."""
+        if not self._alike:
+            return gather(self._data, self._offsets + at, item)
+        copies = self._copies
+        return np.ndarray(copies.shape, item, copies.data, cast("int", at), copies.strides)
+
+    def _text_lengths(self) -> Offsets:
+        return self.take(LENGTH).astype(np.int64)
 
     @cached_property
     def _copies(self) -> npt.NDArray[np.void]:

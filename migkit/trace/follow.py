@@ -47,4 +47,4 @@ class Follower:
         walk = Walk(data, self._registry, self._names, start, more=True)
         walk.run()
         self._at += walk.end
-        return sort_by_event(data[: walk.end], walk, self._registry, self._registry.forms)
+        return sort_by_event(data[: walk.end], [walk], self._registry, self._registry.forms)

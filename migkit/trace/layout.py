@@ -42,6 +42,12 @@ HEADER = np.dtype(
 )
 """RECORD_HEADER for numpy: an event record up to its payload."""
 
+LENGTH = np.dtype(np.uint32)
+"""The length of a record, or of a string."""
+
+LENGTH_AT = 24
+"""Where in a record its length lies."""
+
 TYPE_BYTES = 8
 MIN_LENGTH = HEADER.itemsize - TYPE_BYTES
 """A record's length does not count its type word."""

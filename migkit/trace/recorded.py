@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,11 +31,11 @@ class RecordedEvents(Mapping[str, Rows]):
         self._others = dict(others or {})
         self._decoded: dict[str, Rows] = {}
 
-    @property
+    @cached_property
     def span_ns(self) -> tuple[int, int]:
         """When the first and the last recorded event occurred, zeros if none did."""
-        stamps = [each.records.headers["ts_ns"] for each in self.recorded.values()]
-        ends = [(int(ts.min()), int(ts.max())) for ts in stamps if len(ts)]
+        stamps = [each.columns("ts_ns")[0] for each in self.recorded.values()]
+        ends = [(int(ts.min()), int(ts.max())) for ts in stamps]
         return (min(first for first, _ in ends), max(last for _, last in ends)) if ends else (0, 0)
 
     def joined(self, others: Mapping[str, Rows]) -> RecordedEvents:

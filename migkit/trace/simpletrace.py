@@ -6,6 +6,7 @@ import contextlib
 import mmap
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,11 +31,11 @@ from migkit.trace.walk import Walk, check_header
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     import numpy.typing as npt
 
-    from migkit.trace.chase import Bytes, Records
+    from migkit.trace.chase import Bytes, Offsets
     from migkit.trace.registry import Event
 
 __all__ = [
@@ -50,6 +51,8 @@ __all__ = [
 
 PIECE_BYTES = 8 << 20
 _PIECES_KEPT = 4
+_NO_KIND = np.uint16(0xFFFF)
+_DROPPED = np.uint16(0xFFFE)
 
 
 @dataclass(frozen=True)
@@ -126,10 +129,9 @@ def read(
     if data.size < len(header()) and header().startswith(data.tobytes()):
         text = f"the trace ends after {data.size} bytes, within its header: it holds no records"
         return Trace(registry, missing_bytes=data.size, warnings=(text,))
-    check_header(data)
-    walk = Walk(data, registry)
-    walk.run()
-    return sort_by_event(data, walk, registry, forms or registry.forms)
+    return sort_by_event(
+        data, _walks(data, registry, PIECE_BYTES), registry, forms or registry.forms
+    )
 
 
 def read_pieces(
@@ -149,7 +151,7 @@ def read_pieces(
         return
     first = 0
     for data, walk in walk_pieces(path, registry, n_bytes=n_bytes):
-        yield sort_by_event(data, walk, registry, forms or registry.forms, first)
+        yield sort_by_event(data, [walk], registry, forms or registry.forms, first)
         first += walk.records.offsets.size
 
 
@@ -163,55 +165,63 @@ def walk_pieces(
     with Path(path).open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
     data = np.frombuffer(mapped, np.uint8)
+    for walk in _walks(data, registry, n_bytes):
+        yield data[: walk.end], walk
+        passed = max(walk.end - _PIECES_KEPT * n_bytes, 0)
+        mapped.madvise(mmap.MADV_DONTNEED, 0, passed & -mmap.PAGESIZE)
+
+
+def _walks(data: Bytes, registry: Registry, n_bytes: int) -> Iterator[Walk]:
+    """Walk through a trace in pieces of about ``n_bytes``: what is derived stays in the cache."""
     check_header(data)
     names: dict[int, str] = {}
     start, step = len(header()), n_bytes
-    while start < data.size:
+    while True:
         end = min(start + step, data.size)
         walk = Walk(data[:end], registry, names, start, more=end < data.size)
         walk.run()
-        if walk.end == start:  # a record longer than a piece, or a tail of zeros
+        if walk.end == start < end:  # a record longer than a piece, or a tail of zeros
             step *= 2
             continue
-        yield data[:end], walk
+        yield walk
         start, step = walk.end, n_bytes
-        passed = max(start - _PIECES_KEPT * n_bytes, 0)
-        mapped.madvise(mmap.MADV_DONTNEED, 0, passed & -mmap.PAGESIZE)
+        if end == data.size:
+            return
 
 
 def sort_by_event(
     data: Bytes,
-    walk: Walk,
+    walks: Iterable[Walk],
     registry: Registry,
     forms: Callable[[str], Sequence[Event]],
     first: int = 0,
 ) -> Trace:
-    """Return the records that a walk has found, by event; ``first`` lie before them."""
-    records = walk.records
-    names = list(dict.fromkeys(walk.names.values()))
-    kinds = _kinds(records, walk.names, names)
+    """Return the records that walks, at least one, have found; ``first`` lie before them."""
+    found = [(walk, walk.records.offsets, _kinds(walk)) for walk in walks]
+    last, names = found[-1][0], _names(found[-1][0])
+    offsets = np.concatenate([offsets for _, offsets, _ in found])
+    kinds = np.concatenate([kinds for _, _, kinds in found])
     order = np.argsort(kinds, kind="stable")
-    lasts = np.cumsum(np.bincount(kinds, minlength=len(names) + 1))
-    of_kind = np.split(order, lasts[:-1])
+    bounds = np.searchsorted(kinds, np.arange(len(names) + 1), sorter=order).tolist()
     recorded, unknown = {}, {}
-    for name, rows in zip(names, of_kind[:-1], strict=True):
+    for name, (begin, end) in zip(names, pairwise(bounds), strict=True):
+        rows = order[begin:end]
         if not rows.size:
             continue
         if candidates := forms(name):
-            whole = partial(EventRecords, data=data, records=records[rows], seq=rows + first)
-            recorded[name] = _first_fitting([whole(form) for form in candidates])
+            of_event = partial(EventRecords, data=data, offsets=offsets[rows], seq=rows + first)
+            recorded[name] = _first_fitting([of_event(form) for form in candidates])
         else:
             unknown[name] = int(rows.size)
-    lost = of_kind[-1]
-    dropped = _count_dropped(data, records[lost])
+    dropped = _count_dropped(data, offsets[order[bounds[-1] :]])
     return Trace(
         registry=registry.with_forms({name: each.event for name, each in recorded.items()}),
         events=RecordedEvents(recorded),
-        n_records=kinds.size - lost.size,
+        n_records=bounds[-1],
         dropped=dropped,
         unknown=unknown,
-        missing_bytes=walk.missing_bytes,
-        warnings=(*_warnings(dropped, unknown), *walk.warnings),
+        missing_bytes=last.missing_bytes,
+        warnings=(*_warnings(dropped, unknown), *last.warnings),
     )
 
 
@@ -225,23 +235,26 @@ def _first_fitting(candidates: Sequence[EventRecords]) -> EventRecords:
     return candidates[-1]
 
 
-def _kinds(
-    records: Records, names_by_id: dict[int, str], names: list[str]
-) -> npt.NDArray[np.uint16]:
-    """Return for each record its name's index in ``names``, or their number for a dropped one.
+def _names(walk: Walk) -> list[str]:
+    """Return the names of the events that were mapped, each once."""
+    return list(dict.fromkeys(walk.names.values()))
+
+
+def _kinds(walk: Walk) -> npt.NDArray[np.uint16]:
+    """Return for each record the index of its name in `_names`, or _DROPPED.
 
     The lower 16 bits of an id are enough to look it up: of the ids that may be mapped none has
     more, nor the lower bits of DROPPED_ID.
     """
-    no_kind = np.uint16(0xFFFF)
-    index = {name: kind for kind, name in enumerate(names)}
-    table = np.full(1 << 16, no_kind)
-    for event_id, name in names_by_id.items():
+    index = {name: kind for kind, name in enumerate(_names(walk))}
+    table = np.full(1 << 16, _NO_KIND)
+    for event_id, name in walk.names.items():
         table[event_id] = index[name]
-    table[DROPPED_ID & 0xFFFF] = len(names)
+    table[DROPPED_ID & 0xFFFF] = _DROPPED
+    records = walk.records
     ids = records.headers["id"]
     kinds = table[ids.astype(np.uint16)]
-    bad = (kinds == no_kind) | ((ids > MAX_EVENT_ID) & (ids != DROPPED_ID))
+    bad = (kinds == _NO_KIND) | ((ids > MAX_EVENT_ID) & (ids != DROPPED_ID))
     if bad.any():
         row = int(np.argmax(bad))
         raise TraceFormatError(
@@ -251,17 +264,17 @@ def _kinds(
     return kinds
 
 
-def _count_dropped(data: Bytes, records: Records) -> int:
+def _count_dropped(data: Bytes, offsets: Offsets) -> int:
     """Add up the counts of dropped records."""
-    lengths = records.headers["length"]
+    lengths = gather(data, offsets, HEADER)["length"]
     fits = lengths == MIN_LENGTH + 8
     if not fits.all():
         row = int(np.argmin(fits))
         raise TraceFormatError(
-            f"offset {records.offsets[row] + 24}: expected the length of a record of dropped "
-            f"events, {MIN_LENGTH + 8}, got {lengths[row]}"
+            f"offset {offsets[row] + 24}: expected the length of a record of dropped events, "
+            f"{MIN_LENGTH + 8}, got {lengths[row]}"
         )
-    return sum(gather(data, records.offsets + HEADER.itemsize, WORD).tolist())
+    return sum(gather(data, offsets + HEADER.itemsize, WORD).tolist())
 
 
 def _warnings(dropped: int, unknown: dict[str, int]) -> Iterator[str]:
