@@ -10,7 +10,7 @@ import numpy as np
 
 from migkit.errors import TraceFormatError
 from migkit.trace.chase import chunks, gather
-from migkit.trace.layout import HEADER, LENGTH, LENGTH_AT, MAX_STRING, TYPE_BYTES
+from migkit.trace.layout import HEADER, LENGTH, MAX_STRING, TYPE_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
