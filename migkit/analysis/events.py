@@ -59,8 +59,9 @@ def frame_of_pieces(pieces: Iterable[tuple[str, Trace]]) -> pd.DataFrame:
         text = text.combine_chunks().take(pa.array(order))
     originals = sorted(names)
     events = sorted({canonical(name) for name in names})
-    place = np.array([originals.index(name) for name in names], np.int32)
-    canonical_place = np.array([events.index(canonical(name)) for name in names], np.int32)
+    small = np.min_scalar_type(-len(names))
+    place = np.array([originals.index(name) for name in names], small)
+    canonical_place = np.array([events.index(canonical(name)) for name in names], small)
     return pd.DataFrame(
         {
             "ts_ns": ts,
@@ -142,7 +143,8 @@ def _print(trace: Trace, name: str) -> Iterator[_Printed]:
             chunks(len(recorded.seq)), recorded.pieces(), strict=True
         ):
             text = _text(event, arguments, len(headers))
-            yield _Printed(headers["ts_ns"], recorded.seq[chunk], headers["tid"], text)
+            ts, tid = headers["ts_ns"].copy(), headers["tid"].copy()
+            yield _Printed(ts, recorded.seq[chunk], tid, text)
         return
     rows = trace.events[name]
     for chunk in chunks(len(rows)):

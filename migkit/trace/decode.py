@@ -59,6 +59,8 @@ class EventRecords:
     event: Event
     data: Bytes
     offsets: Offsets
+    lengths: npt.NDArray[np.uint32]
+    """What the records' headers say."""
     seq: Offsets
     """Each record's place in the file."""
 
@@ -116,7 +118,7 @@ class EventRecords:
 
     def _payloads(self) -> Iterator[_Payloads]:
         for chunk in chunks(self.seq.size):
-            yield _Payloads(self.data, self.event, self.offsets[chunk])
+            yield _Payloads(self.data, self.event, self.offsets[chunk], self.lengths[chunk])
 
 
 class _Payloads:
@@ -126,15 +128,21 @@ class _Payloads:
     the first argument on whose length differs, each record has a place of its own.
     """
 
-    def __init__(self, data: Bytes, event: Event, offsets: Offsets) -> None:
+    def __init__(
+        self, data: Bytes, event: Event, offsets: Offsets, lengths: npt.NDArray[np.uint32]
+    ) -> None:
         self._data = data
         self._event = event
         self._offsets = offsets
-        self.headers = gather(data, offsets, HEADER)
-        self._ends = self.headers["length"].astype(np.int64) + TYPE_BYTES
+        self._ends = lengths.astype(np.int64) + TYPE_BYTES
         self._at: Offsets | int = HEADER.itemsize
         size = int(self._ends[0])
         self._alike = size <= _MAX_COPIED and bool((self._ends == size).all())
+
+    @property
+    def headers(self) -> npt.NDArray[np.void]:
+        """The header of each record, of type ``HEADER``."""
+        return self._column(0, HEADER)
 
     def take(self, item: np.dtype[Scalar]) -> npt.NDArray[Scalar]:
         """Return the next item of each record."""
@@ -142,7 +150,7 @@ class _Payloads:
 
     def strings(self) -> npt.NDArray[np.object_]:
         """Return the next string of each record; equal ones of equal length share one str."""
-        lengths = self._text_lengths()
+        lengths = self.take(LENGTH).astype(np.int64)
         length = int(lengths[0])
         if self._alike and 0 < length <= _MAX_COPIED and (lengths == length).all():
             return _equal_length_strings(self.take(np.dtype((np.void, length))))
@@ -158,7 +166,11 @@ class _Payloads:
 
     def skip_argument(self, argument: Argument) -> None:
         """Go behind the next argument of each record."""
-        self._skip(self._text_lengths() if argument.is_string else _WORD_BYTES)
+        if argument.is_string:
+            at = self._offsets + self._skip(LENGTH.itemsize)
+            self._skip(gather(self._data, at, LENGTH).astype(np.int64))
+        else:
+            self._skip(_WORD_BYTES)
 
     def check_end(self) -> None:
         """Raise TraceFormatError unless everything has been taken."""
@@ -181,9 +193,6 @@ class _Payloads:
             return gather(self._data, self._offsets + at, item)
         copies = self._copies
         return np.ndarray(copies.shape, item, copies.data, cast("int", at), copies.strides)
-
-    def _text_lengths(self) -> Offsets:
-        return self.take(LENGTH).astype(np.int64)
 
     @cached_property
     def _copies(self) -> npt.NDArray[np.void]:

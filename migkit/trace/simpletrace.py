@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import mmap
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from migkit.trace.chase import Bytes, Offsets
+    from migkit.trace.chase import Bytes, Offsets, Records
     from migkit.trace.registry import Event
 
 __all__ = [
@@ -197,10 +196,12 @@ def sort_by_event(
     first: int = 0,
 ) -> Trace:
     """Return the records that walks, at least one, have found; ``first`` lie before them."""
-    found = [(walk, walk.records.offsets, _kinds(walk)) for walk in walks]
-    last, names = found[-1][0], _names(found[-1][0])
-    offsets = np.concatenate([offsets for _, offsets, _ in found])
-    kinds = np.concatenate([kinds for _, _, kinds in found])
+    found = []
+    for walk in walks:
+        records = walk.records
+        found.append((records.offsets, records.headers["length"].copy(), _kinds(walk, records)))
+    offsets, lengths, kinds = map(np.concatenate, zip(*found, strict=True))
+    names = _names(walk)
     order = np.argsort(kinds, kind="stable")
     bounds = np.searchsorted(kinds, np.arange(len(names) + 1), sorter=order).tolist()
     recorded, unknown = {}, {}
@@ -209,8 +210,9 @@ def sort_by_event(
         if not rows.size:
             continue
         if candidates := forms(name):
-            of_event = partial(EventRecords, data=data, offsets=offsets[rows], seq=rows + first)
-            recorded[name] = _first_fitting([of_event(form) for form in candidates])
+            places = offsets[rows], lengths[rows], rows + first
+            forms_of_it = [EventRecords(form, data, *places) for form in candidates]
+            recorded[name] = _first_fitting(forms_of_it)
         else:
             unknown[name] = int(rows.size)
     dropped = _count_dropped(data, offsets[order[bounds[-1] :]])
@@ -220,8 +222,8 @@ def sort_by_event(
         n_records=bounds[-1],
         dropped=dropped,
         unknown=unknown,
-        missing_bytes=last.missing_bytes,
-        warnings=(*_warnings(dropped, unknown), *last.warnings),
+        missing_bytes=walk.missing_bytes,
+        warnings=(*_warnings(dropped, unknown), *walk.warnings),
     )
 
 
@@ -240,7 +242,7 @@ def _names(walk: Walk) -> list[str]:
     return list(dict.fromkeys(walk.names.values()))
 
 
-def _kinds(walk: Walk) -> npt.NDArray[np.uint16]:
+def _kinds(walk: Walk, records: Records) -> npt.NDArray[np.uint16]:
     """Return for each record the index of its name in `_names`, or _DROPPED.
 
     The lower 16 bits of an id are enough to look it up: of the ids that may be mapped none has
@@ -251,7 +253,6 @@ def _kinds(walk: Walk) -> npt.NDArray[np.uint16]:
     for event_id, name in walk.names.items():
         table[event_id] = index[name]
     table[DROPPED_ID & 0xFFFF] = _DROPPED
-    records = walk.records
     ids = records.headers["id"]
     kinds = table[ids.astype(np.uint16)]
     bad = (kinds == _NO_KIND) | ((ids > MAX_EVENT_ID) & (ids != DROPPED_ID))
