@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import nbformat
 import numpy as np
+from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 
 from benchmarks.result import Row
@@ -38,7 +39,10 @@ def _first_figure_s() -> float:
     notebook = nbformat.read(LESSON, as_version=4)
     with tempfile.TemporaryDirectory(prefix="migkit-bench-") as folder:
         client = NotebookClient(
-            notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": folder}}
+            notebook,
+            km=AsyncKernelManager(kernel_name="python3", transport="ipc"),
+            timeout=120,
+            resources={"metadata": {"path": folder}},
         )
         begun = time.monotonic()
         with client.setup_kernel():
