@@ -206,7 +206,7 @@ def lightness(color):
 
 def test_durations_get_the_unit_that_suits_them():
     assert [duration(us) for us in (0.4, 850, 3210, 1.5e6, 123e6)] == [
-        "0 µs", "850 µs", "3.21 ms", "1.5 s", "123 s",
+        "under 1 µs", "850 µs", "3.21 ms", "1.5 s", "123 s",
     ]  # fmt: skip
 
 

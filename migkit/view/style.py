@@ -156,6 +156,8 @@ def mark_downtime(axes: Axes, start_ms: float, end_ms: float) -> None:
 
 def duration(us: float) -> str:
     """Return a duration with the unit that suits it: 850 us, 3.2 ms, 1.5 s."""
+    if 0 < us < 0.5:
+        return "under 1 µs"
     scale, unit = (1.0, "µs") if us < 1e3 else (1e3, "ms") if us < 1e6 else (1e6, "s")
     value = us / scale
     return f"{value:.0f} {unit}" if value >= 100 or unit == "µs" else f"{value:.3g} {unit}"
