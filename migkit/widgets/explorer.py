@@ -207,5 +207,5 @@ def _line(fault: dict[Hashable, Any]) -> str:
     what = {True: "write", False: "read"}.get(fault["write"], "")
     return (
         f"{fault['time_s'] * 1e3:>12,.2f} ms   page {fault['page']:>9,}   "
-        f"{fault['resolution']!s:<11} {waited:>9}   {what}"
+        f"{fault['resolution']!s:<11} {waited:>10}   {what}"
     )
