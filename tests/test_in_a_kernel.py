@@ -1,5 +1,6 @@
 """A real kernel, and what is left of a migration when it is interrupted, restarted or killed."""
 
+import ast
 import os
 import time
 from pathlib import Path
@@ -40,7 +41,7 @@ class Kernel:
 
     def begin(self, code):
         """Have code executed, and go on when it prints ``now``."""
-        self.client.execute(code)
+        self.client.execute(code, stop_on_error=False)  # or what is executed next is dropped
         while self.client.get_iopub_msg(timeout=30)["content"].get("text", "").strip() != "now":
             pass
 
@@ -117,6 +118,20 @@ def test_an_interrupt_in_postcopy_ends_only_the_waiting(kernel):
     kernel.manager.interrupt_kernel()
     assert kernel.end_of_cell()["ename"] == "KeyboardInterrupt"
     assert kernel.execute("print(one.wait().status); one.close()").strip() == "completed"
+
+
+def test_a_migration_whose_cell_is_run_again_is_ended(kernel):
+    cell = (
+        "one = migkit.Migration('random', '16MiB', probe='off', postcopy='off')\n"
+        "one.start(); print(one.pids)"
+    )
+    first = kernel.execute(cell)
+    assert first.startswith("{")
+    kernel.execute(cell)
+    left = [f"/proc/{pid}" for pid in ast.literal_eval(first).values()]
+    assert not [path for path in left if Path(path).exists()]
+    assert len(kernel.processes()) == len(left)
+    kernel.execute("one.close()")
 
 
 @pytest.mark.parametrize("how", ["restart", "kill"])

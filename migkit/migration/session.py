@@ -10,8 +10,10 @@ import contextlib
 import logging
 import os
 import shutil
+import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -88,6 +90,12 @@ class Session:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def __del__(self) -> None:
+        """End what nobody can steer any more: a notebook's cell may have been run again."""
+        if getattr(self, "_guests", None) and not sys.is_finalizing():
+            warnings.warn(f"{self!r} was never closed", ResourceWarning, stacklevel=2, source=self)
+            self.close()
 
     # Steering.
 
