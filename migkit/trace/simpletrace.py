@@ -61,7 +61,8 @@ class Trace:
     ``events`` has an array per event that occurs, in the file's order, with the fields ``ts_ns``
     (u8), ``tid`` (u4), ``seq`` (u8, the record's place in the file) and one per argument: i8 or
     u8 by its C type, object (str) for a string. An argument that is itself called ``ts_ns``,
-    ``tid`` or ``seq`` has an underscore at its end. Timestamps need not ascend.
+    ``tid`` or ``seq`` has an underscore at its end. Timestamps need not ascend. What comes from a
+    file becomes an array when it is first asked for; `columns` makes single fields.
     """
 
     registry: Registry
