@@ -96,7 +96,7 @@ def open_run(name: str) -> Run:
         logs = {side: _log_of(folder, side) for side in _SIDES}
         if any(logs.values()):
             return _open_qemu(folder, logs)
-        raise OptionError(
+        raise TraceFormatError(
             f"{folder} is not a run folder: it has no meta.json, which 'migkit run' writes, nor a "
             "QEMU's source.log or destination.log (or .trace, .xz, .gz)"
         )
