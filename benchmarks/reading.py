@@ -140,7 +140,7 @@ class _Header(NamedTuple):
 
 
 def _headers(file: Path) -> list[Records]:
-    return [walk.records for _, walk in walk_pieces(file, Registry.load())]
+    return [walk.records for _, walk in walk_pieces(file, Registry.load().forms)]
 
 
 def _loop_headers(file: Path) -> tuple[list[int], list[_Header]]:

@@ -13,6 +13,8 @@ from migkit.analysis.events import events_frame, frame_of_pieces
 from migkit.analysis.parquet import write_events
 from migkit.analysis.samples import TRACES
 from migkit.errors import TraceFormatError
+from migkit.trace.decode import payload_bounds
+from migkit.trace.dialect import Dialect
 from migkit.trace.layout import RECORD, RECORD_HEADER, header, mapping_record
 from migkit.trace.printcolumns import print_columns
 from migkit.trace.registry import Registry
@@ -92,6 +94,25 @@ def test_texts_of_any_length_are_read_right(longest):
     assert trace.columns("migrate_set_state", "new_state")[0].tolist() == texts
     frame = events_frame({"source": trace})
     assert frame["args"].tolist() == [f"new state {text}" for text in texts]
+
+
+@pytest.mark.parametrize("text", ["", "x" * 600])
+def test_a_record_across_the_end_of_a_piece_may_have_any_form_of_its_event(tmp_path, text):
+    # GIVEN a trace in an older form than the registry's, and with longer texts than QEMU writes
+    name = "migration_set_outgoing_channel"
+    dialect = Dialect()
+    older = dialect.forms(name)[-1]
+    strings = struct.pack("=L", len(text)) + text.encode()
+    payload = b"".join(strings if arg.is_string else bytes(8) for arg in older.args)
+    record = RECORD_HEADER.pack(RECORD, 7, 1, 24 + len(payload), 1) + payload
+    file = tmp_path / "trace"
+    file.write_bytes(header() + mapping_record(7, name) + 1000 * record)
+    # THEN it is read in pieces too, wherever they end
+    registry = dialect.registry([])
+    assert payload_bounds(registry[name])[1] < payload_bounds(older)[1]
+    for n_bytes in (997, 2000):
+        pieces = read_pieces(file, registry, dialect.forms, n_bytes=n_bytes)
+        assert sum(piece.n_records for piece in pieces) == 1000
 
 
 @pytest.mark.parametrize("cut", [0, 1, 13, 4000])

@@ -15,12 +15,13 @@ import pytest
 from nbconvert import HTMLExporter
 
 import migkit
-from migkit.errors import MigrationError, OptionError
+from migkit.errors import MigrationError, OptionError, TraceFormatError
 from migkit.guest.workloads import Workload
 from migkit.migration.options import Options
 from migkit.migration.pagemap import PageMap, PageState, Row, page_states
 from migkit.migration.states import COMMANDS, ENDED, SOURCE, Status
 from migkit.trace.follow import Follower
+from migkit.trace.layout import RECORD, RECORD_HEADER, header, mapping_record
 from migkit.trace.registry import Registry
 from migkit.trace.simpletrace import read
 from migkit.widgets import statemachine
@@ -405,6 +406,16 @@ def test_a_follower_reads_the_same_records_as_one_reading_of_the_whole_file(sess
         for name, rows in rest.items():
             seen[name] = seen.get(name, 0) + len(rows)
     assert seen == {name: len(rows) for name, rows in whole.events.items()}
+
+
+def test_a_follower_does_not_wait_for_ever_for_a_record_that_it_cannot_hold(tmp_path):
+    path = tmp_path / "trace"
+    record = RECORD_HEADER.pack(RECORD, 7, 1, 1 << 30, 1)
+    path.write_bytes(header() + mapping_record(7, "migrate_set_state") + record + bytes(20_000))
+    follower = Follower(path, Registry.load(), most=10_000)
+    assert not follower.read().events
+    with pytest.raises(TraceFormatError, match="offset 61: expected a record, got more than 10000"):
+        follower.read()
 
 
 def test_quantiles_of_the_histogram_are_close():

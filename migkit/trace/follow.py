@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from migkit.errors import TraceFormatError
 from migkit.trace.layout import header
 from migkit.trace.registry import Registry
 from migkit.trace.simpletrace import Trace, sort_by_event
@@ -44,7 +45,11 @@ class Follower:
             return Trace(self._registry)
         if not self._at:
             check_header(data)
-        walk = Walk(data, self._registry, self._names, start, more=True)
+        walk = Walk(data, self._registry.forms, self._names, start, more=True)
         walk.run()
+        if walk.end == start and len(data) == self._most:
+            raise TraceFormatError(
+                f"offset {self._at + start}: expected a record, got more than {self._most} bytes"
+            )
         self._at += walk.end
         return sort_by_event(data[: walk.end], [walk], self._registry, self._registry.forms)

@@ -129,9 +129,8 @@ def read(
     if data.size < len(header()) and header().startswith(data.tobytes()):
         text = f"the trace ends after {data.size} bytes, within its header: it holds no records"
         return Trace(registry, missing_bytes=data.size, warnings=(text,))
-    return sort_by_event(
-        data, _walks(data, registry, PIECE_BYTES), registry, forms or registry.forms
-    )
+    forms = forms or registry.forms
+    return sort_by_event(data, _walks(data, forms, PIECE_BYTES), registry, forms)
 
 
 def read_pieces(
@@ -149,14 +148,17 @@ def read_pieces(
     if Path(path).stat().st_size < 2 * n_bytes:
         yield read(path, registry, forms)
         return
-    first = 0
-    for data, walk in walk_pieces(path, registry, n_bytes=n_bytes):
-        yield sort_by_event(data, [walk], registry, forms or registry.forms, first)
+    forms, first = forms or registry.forms, 0
+    for data, walk in walk_pieces(path, forms, n_bytes=n_bytes):
+        yield sort_by_event(data, [walk], registry, forms, first)
         first += walk.records.offsets.size
 
 
 def walk_pieces(
-    path: str | os.PathLike[str], registry: Registry, *, n_bytes: int = PIECE_BYTES
+    path: str | os.PathLike[str],
+    forms: Callable[[str], Sequence[Event]],
+    *,
+    n_bytes: int = PIECE_BYTES,
 ) -> Iterator[tuple[Bytes, Walk]]:
     """Walk through a trace file a piece at a time; yield what lies up to its end, and the walk.
 
@@ -165,20 +167,20 @@ def walk_pieces(
     with Path(path).open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
     data = np.frombuffer(mapped, np.uint8)
-    for walk in _walks(data, registry, n_bytes):
+    for walk in _walks(data, forms, n_bytes):
         yield data[: walk.end], walk
         passed = max(walk.end - _PIECES_KEPT * n_bytes, 0)
         mapped.madvise(mmap.MADV_DONTNEED, 0, passed & -mmap.PAGESIZE)
 
 
-def _walks(data: Bytes, registry: Registry, n_bytes: int) -> Iterator[Walk]:
+def _walks(data: Bytes, forms: Callable[[str], Sequence[Event]], n_bytes: int) -> Iterator[Walk]:
     """Walk through a trace in pieces of about ``n_bytes``: what is derived stays in the cache."""
     check_header(data)
     names: dict[int, str] = {}
     start, step = len(header()), n_bytes
     while True:
         end = min(start + step, data.size)
-        walk = Walk(data[:end], registry, names, start, more=end < data.size)
+        walk = Walk(data[:end], forms, names, start, more=end < data.size)
         walk.run()
         if walk.end == start < end:  # a record longer than a piece, or a tail of zeros
             step *= 2

@@ -32,8 +32,10 @@ from migkit.trace.layout import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from migkit.trace.chase import Bytes
-    from migkit.trace.registry import Registry
+    from migkit.trace.registry import Event
 
 _MAX_NAME = 1024
 
@@ -62,14 +64,15 @@ class Walk:
     """One pass over a trace, or over a part of one; `run` fills the attributes.
 
     ``names`` maps event ids to names; ``records`` are the event records, those that count dropped
-    ones among them. With ``more`` the data is only the trace's beginning: ``end`` is
-    where the first record lies that is not whole, from which the next part is walked.
+    ones among them. ``forms`` returns the forms that an event may have, by its name. With ``more``
+    the data is only the trace's beginning: ``end`` is where the first record lies that is not
+    whole, from which the next part is walked.
     """
 
     def __init__(
         self,
         data: Bytes,
-        registry: Registry,
+        forms: Callable[[str], Sequence[Event]],
         names: dict[int, str] | None = None,
         start: int = FILE_HEADER.size,
         *,
@@ -80,7 +83,7 @@ class Walk:
         self.missing_bytes = 0
         self.warnings: list[str] = []
         self._data = data
-        self._registry = registry
+        self._forms = forms
         self._records: list[Records] = []
         self._start = start
         self._more = more
@@ -134,7 +137,8 @@ class Walk:
                 f"offset {at + 24}: expected a record's length, {MIN_LENGTH} or more, got {length}"
             )
         if end > self._data.size:
-            self._check_cut_off(at, event_id, length)
+            if not self._more:
+                self._check_cut_off(at, event_id, length)
             return self._stop(at)
         self._records.append(Records(np.array([at]), np.frombuffer(raw, HEADER)))
         return end
@@ -144,9 +148,10 @@ class Walk:
         name = self.names.get(event_id)
         if name is None and event_id != DROPPED_ID:
             raise TraceFormatError(f"offset {at}: event id {event_id:#x} has no mapping record")
-        if name is not None and name not in self._registry:
+        bounds = [(8, 8)] if name is None else [payload_bounds(form) for form in self._forms(name)]
+        if not bounds:
             return
-        least, most = (8, 8) if name is None else payload_bounds(self._registry[name])
+        least, most = min(low for low, _ in bounds), max(high for _, high in bounds)
         if not least <= length - MIN_LENGTH <= most:
             raise TraceFormatError(
                 f"offset {at}: expected {least} to {most} bytes of arguments for "
