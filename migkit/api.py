@@ -55,10 +55,11 @@ class Migration(Session):
             status = self.await_end(timeout_s, progress)
         except KeyboardInterrupt:
             if self.status in COMMANDS["cancel"]:
+                # If it came too late the migration goes on: to record it would end its engines.
                 with contextlib.suppress(MigkitError, TimeoutError):
                     self.cancel()
                     self.await_end(_CANCEL_TIMEOUT_S)
-                self.record()
+                    self.record()
             raise
         except BaseException:
             self.record()

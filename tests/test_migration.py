@@ -1,9 +1,12 @@
 """Real migrations between real processes; the oracle is the judge of each."""
 
+import gc
 import os
 import random
 import signal
+import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -256,6 +259,53 @@ def test_ctrl_c_leaves_a_run_folder_and_nothing_else(tmp_path):
         migkit.run(memory="32MiB", path=tmp_path / "run", probe="off",
                    max_bandwidth="1MiB", progress=interrupt)  # fmt: skip
     assert migkit.load(tmp_path / "run").status != "completed"
+
+
+def test_ctrl_c_at_the_last_moment_leaves_a_guest_that_is_in_post_copy_alone(session, monkeypatch):
+    # GIVEN a migration that goes on to post-copy when it is to be cancelled
+    s = session(rate=1000, max_bandwidth="4MiB", max_postcopy_bandwidth="8MiB")
+    cancel = s.cancel
+
+    def too_late():
+        s.start_postcopy()
+        s.await_status("postcopy-active")
+        cancel()
+
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    s.start()
+    s.await_status("active")
+    monkeypatch.setattr(s, "cancel", too_late)
+    with pytest.raises(KeyboardInterrupt):
+        s.wait(progress=interrupt)
+    # THEN it can be waited for again
+    assert s.wait().status == "completed"
+
+
+def test_a_session_that_is_collected_in_its_own_thread_is_closed(tmp_path):
+    # GIVEN a migration in a cycle, as a traceback makes one, and a monitor that collects garbage
+    s = Session("random", "16MiB", probe="off", max_bandwidth="1MiB", path=tmp_path / "run")
+    s.start()
+    s.itself = s
+    drain, children = s._engines["source"]._drain, [Path(f"/proc/{pid}") for pid in s.pids.values()]
+    pump = drain.pump
+    drain.pump = lambda pump=pump: (gc.collect(), pump())
+    # WHEN nobody holds it any more
+    gc.disable()
+    try:
+        del s, drain, pump
+        deadline = time.monotonic() + 20
+        while any(path.exists() for path in children) and time.monotonic() < deadline:
+            time.sleep(0.05)
+    finally:
+        gc.enable()
+    # THEN it is closed
+    assert not [path for path in children if path.exists()]
+    for thread in threading.enumerate():
+        if thread.name == "migkit-close":
+            thread.join(20)
+    gc.collect()  # what was put in the drain holds it
 
 
 @pytest.mark.parametrize(

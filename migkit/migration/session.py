@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -93,9 +94,13 @@ class Session:
 
     def __del__(self) -> None:
         """End what nobody can steer any more: a notebook's cell may have been run again."""
-        if getattr(self, "_guests", None) and not sys.is_finalizing():
-            warnings.warn(f"{self!r} was never closed", ResourceWarning, stacklevel=2, source=self)
+        if not getattr(self, "_guests", None) or sys.is_finalizing():
+            return
+        if threading.current_thread() is threading.main_thread():
             self.close()
+        else:  # garbage is collected in any thread, also in our monitor's: close() waits for that
+            threading.Thread(target=self.close, name="migkit-close").start()
+        warnings.warn(f"{self!r} was never closed", ResourceWarning, stacklevel=2, source=self)
 
     # Steering.
 
