@@ -244,6 +244,24 @@ def test_a_page_that_7_2_sends_unasked_is_no_answer(tmp_path):
     assert len(run.event("postcopy_preempt_send_host_page")) == 3
 
 
+def test_what_7_2_sends_of_one_block_is_not_judged_by_the_requests_of_another(tmp_path):
+    # GIVEN more requests for another RAM block than pages that were sent of this one
+    source, destination = PREEMPT_SOURCE, PREEMPT_DESTINATION
+    destination += (
+        "24471@1795606931.249603:postcopy_init_range rom: 0x7f65d9e00000 offset=0x0 length=0x8000\n"
+        "24490@1795606931.900000:postcopy_ram_fault_thread_request Request for HVA=0x7f65d9e01000 "
+        "rb=rom offset=0x1000 pid=24474\n"
+    )
+    for page in range(4):
+        begin = f"24487@1795606931.90010{page}:"
+        source += f"{begin}get_queued_page rom/{page << 12:#x} page_abs={page:#x}\n"
+        source += f"{begin}postcopy_preempt_send_host_page ramblock rom offset {page:#x}\n"
+    # THEN the page that went unasked is no answer still
+    faults = load(tmp_path, source=source, destination=destination).faults
+    mine = faults[faults["block"] == "pc.ram"]
+    assert mine["resolution"].tolist() == ["requested", "in_flight"]
+
+
 # What is no trace of one side of one migration.
 
 

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 _BLOCK_FIELDS = {
     "postcopy_ram_fault_thread_request": "ramblock",
     "migrate_handle_rp_req_pages": "rbname",
+    "get_queued_page": "block_name",
     "postcopy_preempt_send_host_page": "str",
     "postcopy_request_received": "rbname",
     "postcopy_request_placed": "rbname",
