@@ -165,14 +165,11 @@ def _of_destination(trace: Trace) -> Iterator[tuple[str, npt.NDArray[np.void]]]:
     placed = Occurrences.both(
         *(Occurrences.of(r["ts_ns"], r["host_addr"], kind) for kind, r in enumerate(kinds))
     )
-    yield (
-        "postcopy_request_placed",
-        _answers(trace, "postcopy_request_placed", requests, "hostaddr", placed, "kind"),
-    )
+    answered = _answers(trace, "postcopy_request_placed", requests, "hostaddr", placed, "kind")
+    yield "postcopy_request_placed", answered
     records = trace["ram_load_postcopy_loop"]
     if len(records):
         came = Occurrences.of(records["ts_ns"], records["addr"], records["channel"])
-        answered = _answers(trace, "postcopy_request_placed", requests, "hostaddr", placed, "kind")
         yield "postcopy_request_received", _receipts(trace, requests, answered, came)
 
 
