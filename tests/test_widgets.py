@@ -197,6 +197,8 @@ def test_closing_in_postcopy_ends_every_process_and_says_where_it_was(console):
     assert "postcopy-active" in one._says.value
     assert not any(_alive(pid) for pid in pids.values())
     assert enabled(one) == set()
+    with pytest.raises(MigrationError, match="closed before its migration had ended"):
+        one.wait()
 
 
 def _alive(pid):

@@ -177,7 +177,9 @@ class Console:
             if self._thread.is_alive():
                 raise TimeoutError(f"the migration is still {self.status} after {timeout_s} s")
         if self.run is None:
-            raise MigrationError(self.error or "nothing was started: press Start")
+            closed = "the Console was closed before its migration had ended"
+            none = closed if self._thread else "nothing was started: press Start"
+            raise MigrationError(self.error or none)
         return self.run
 
     def close(self, why: str = "the Console was closed") -> None:
