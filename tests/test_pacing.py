@@ -95,3 +95,16 @@ def test_the_end_of_a_round_is_not_taken_for_discarding(session):
     begun = names.loc["discard", "start_ns"]
     assert np.count_nonzero(ended < begun) > 0
     assert pings["ts_ns"][pings["val"] == wire.PING_AHEAD].item() > begun
+
+
+def test_a_migration_on_a_link_that_stands_still_is_cancelled_at_once(session):
+    """Before the wait for the link, 30 s, has ended in a failure."""
+    s = session(memory="16MiB", rate=1000, postcopy="manual", link="20Mbit/s")
+    s.start()
+    s.await_status("active")
+    s.link.stall()
+    time.sleep(0.3)
+    s.cancel()
+    s.await_status(Status.CANCELLED, 10)
+    assert s.running_guests == ["source"]
+    assert s.verify()

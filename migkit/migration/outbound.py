@@ -41,8 +41,12 @@ class Outbound:
         *,
         preempt: bool,
         on_message: Callable[[Incoming], None],
+        check_cancel: Callable[[], None],
     ) -> None:
-        """Connect. ``on_message`` gets what the destination says on the return path."""
+        """Connect. ``on_message`` gets what the destination says on the return path.
+
+        ``check_cancel`` ends a wait by raising, when somebody gave up meanwhile.
+        """
         self.trace = trace
         self.main = Outgoing(connect(uri))
         self.preempt = Outgoing(connect(uri)) if preempt else None
@@ -54,6 +58,7 @@ class Outbound:
         self._ram = ram
         self._small = ram.page_size == wire.TARGET_PAGE
         self._on_message = on_message
+        self._check_cancel = check_cancel
         self._decoder = ReturnPathDecoder({ram.name: bitmap.encoded_size(layout)})
         self.return_path_open = True
         self._in_section = False
@@ -96,6 +101,7 @@ class Outbound:
         sent, deadline = self.main.sent_bytes, Deadline(_STALL_S)
         while waiting():
             self.loop.turn(1.0)
+            self._check_cancel()
             if self.main.sent_bytes != sent:
                 sent, deadline = self.main.sent_bytes, Deadline(_STALL_S)
             deadline.check("room in the main channel")
@@ -109,6 +115,7 @@ class Outbound:
             if not self.return_path_open:
                 raise MigrationError(f"the return path ended before {what} came")
             self.loop.turn(0.1)
+            self._check_cancel()
             deadline.check(what)
 
     def _read_return_path(self) -> None:

@@ -173,6 +173,7 @@ class Source(Engine):
             self.trace,
             preempt=options.postcopy_preempt and options.postcopy_ram,
             on_message=self._on_message,
+            check_cancel=self.asked.check_cancel,
         )
         out.loop.watch(self.control.fileno(), self.read_control, rank=2)
         if not self.committed:  # after the switch its memory is all that counts, and that is ours
