@@ -19,8 +19,15 @@ from matplotlib.text import Text
 import migkit
 from migkit.analysis import Run, schema
 from migkit.analysis.rates import KINDS, rates_frame
-from migkit.view import PLOTS
-from migkit.view.style import PHASE_STYLES, RESOLUTION_STYLES, STAGE_STYLES, duration
+from migkit.view import PLOTS, blocktime
+from migkit.view.style import (
+    PHASE_STYLES,
+    RESOLUTION_STYLES,
+    STAGE_STYLES,
+    dress,
+    duration,
+    new_figure,
+)
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -232,3 +239,20 @@ def test_plotting_leaves_no_figure_with_pyplot_and_analysis_no_matplotlib(postco
         "assert 'matplotlib.pyplot' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("n_buckets", range(1, 21))
+def test_buckets_of_slow_faults_have_room_for_their_labels(n_buckets):
+    # GIVEN as many buckets of latency, up to seconds, as a busy machine may fill
+    buckets = pd.DataFrame({"from_us": [1 << k for k in range(2, 2 + n_buckets)]})
+    buckets["faults"], buckets["engine_faults"] = 2999, 2998
+    figure = new_figure(10.5, 4.8)
+    axes, _ = figure.subplots(1, 2, width_ratios=[1.6, 1.0])
+    dress(axes)
+    # WHEN they are drawn THEN no label of the axis lies on the next one
+    blocktime._draw_buckets(axes, buckets)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    boxes = [label.get_window_extent(canvas.get_renderer()) for label in axes.get_xticklabels()]
+    assert boxes
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from migkit.analysis.run import Run
 
 _MOST_LABELLED = 10
+_MOST_TICKS = 7
 
 
 def plot_blocktime(run: Run) -> Figure:
@@ -77,10 +78,8 @@ def _draw_buckets(axes: Axes, buckets: pd.DataFrame) -> None:
         if len(shown) <= _MOST_LABELLED:  # a single slow fault is no visible bar
             texts = [f"{count:,}" if count else "" for count in shown[column]]
             axes.bar_label(bars, texts, fontsize=7.5, padding=1)
-    axes.set_xticks(
-        places, [f"≥ {duration(us)}" for us in shown["from_us"]],
-        rotation=0 if len(shown) < 8 else 45, ha="center" if len(shown) < 8 else "right",
-    )  # fmt: skip
+    ticked = slice(None, None, -(-len(shown) // _MOST_TICKS))
+    axes.set_xticks(places[ticked], [f"≥ {duration(us)}" for us in shown["from_us"][ticked]])
     axes.set_ylabel("faults")
     axes.set_xlabel("latency, each bucket twice as wide as the one before (µs, ms)")
 
