@@ -26,7 +26,7 @@ from migkit.migration.states import AT_REST, COMMANDS, ENDED, SOURCE, Status
 from migkit.widgets import cards, statemachine
 from migkit.widgets.form import Form
 from migkit.widgets.live import Live
-from migkit.widgets.notebook import current_cell, show, without_widgets
+from migkit.widgets.notebook import Writer, current_cell, show, without_widgets
 from migkit.widgets.pagemap import PageMapView, draw, in_words
 
 if TYPE_CHECKING:
@@ -43,7 +43,6 @@ PRESETS = {
 _PERIOD_S = 0.08
 _SAVE_S = 60.0
 _CLOSE_S = 20.0
-_SHOW_S = 5.0
 _BUTTONS = {
     "start": ("Start", "play", "primary", "start the guest and begin with pre-copy"),
     "start_postcopy": ("Start post-copy", "forward", "primary", "move the guest now"),
@@ -112,7 +111,6 @@ class Console:
         self._drawn: tuple[object, ...] = ()
         self._busy: set[str] = set()
         self._closing = threading.Event()
-        self._mute = False
         self._thread: threading.Thread | None = None
         self._form = Form(workload, {**PRESETS, **options})
         self._buttons = {
@@ -138,6 +136,7 @@ class Console:
             layout={"grid_gap": "6px", "padding": "4px"},
         )  # fmt: skip
         self.panel.add_class("migkit-panel")
+        self._on_panel = Writer(self._written)
         self._tell("Ready: set the options and press Start.")
         self._show_status()
         self._make_way()
@@ -245,7 +244,7 @@ class Console:
         if self._closing.is_set() or self._busy or self._migration:
             return
         self.run, self.error, self._live = None, "", None
-        self._mute = False
+        self._on_panel = Writer(self._written)
         self._last_status = Status.NONE
         self._busy.add("start")
         self._form.enable(enabled=False)
@@ -312,31 +311,6 @@ class Console:
             self._on_panel(self._fail, f"what is shown may be old: {type(error).__name__}: {error}")
         self._on_panel(self._show, live)
         self.updates += 1
-
-    def _on_panel(self, show: Callable[..., None], *values: object) -> None:
-        """Have something shown; that it cannot be must not end what is done.
-
-        ipykernel keeps a socket for each thread that writes to the browser, and an interrupt may
-        close it. A new thread has a new one; what the old one could not say is then said again.
-        """
-
-        def again() -> None:
-            try:
-                show(*values)
-                for widget in self._written:
-                    widget.send_state()
-            except Exception:
-                log.exception("the Console could not show the migration")
-
-        if not self._mute:
-            try:
-                return show(*values)
-            except Exception:
-                log.info("the Console shows the migration from other threads", exc_info=True)
-                self._mute = True
-        thread = threading.Thread(target=again, name="migkit-show", daemon=True)
-        thread.start()
-        return thread.join(_SHOW_S)
 
     # What is shown.
 

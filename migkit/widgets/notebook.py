@@ -1,7 +1,9 @@
-"""The notebook around a widget: which cell is executed, and what is shown where no widgets are."""
+"""The notebook around a widget: its cell, how to write to it, and what is there without widgets."""
 
 from __future__ import annotations
 
+import logging
+import threading
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -9,9 +11,15 @@ from IPython import get_ipython
 from IPython.display import publish_display_data
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     import ipywidgets as ipw
 
     from migkit.view.style import RunFigure
+
+log = logging.getLogger(__name__)
+
+_WRITE_S = 5.0
 
 
 def current_cell() -> tuple[str, str]:
@@ -22,6 +30,41 @@ def current_cell() -> tuple[str, str]:
     request = shell.get_parent() or {}
     cell = str(request.get("metadata", {}).get("cellId") or "")
     return cell, str(request.get("header", {}).get("msg_id", ""))
+
+
+class Writer:
+    """Writes to widgets; that they cannot be written to must not end what is done meanwhile.
+
+    ipykernel keeps a socket for each thread that writes to the browser, and an interrupt may close
+    it. A new thread has a new one; what the old one could not say is then said again.
+    """
+
+    def __init__(self, widgets: Sequence[ipw.Widget]) -> None:
+        """Take all widgets that will be written to."""
+        self._widgets = widgets
+        self._cut_off = False
+
+    def __call__(self, write: Callable[..., None], *values: object) -> None:
+        """Have something written, in this thread or in another one."""
+        if not self._cut_off:
+            try:
+                return write(*values)
+            except Exception:
+                log.info("the browser is written to from other threads", exc_info=True)
+                self._cut_off = True
+        thread = threading.Thread(
+            target=self._write_all, args=(write, *values), name="migkit-write", daemon=True
+        )
+        thread.start()
+        return thread.join(_WRITE_S)
+
+    def _write_all(self, write: Callable[..., None], *values: object) -> None:
+        try:
+            write(*values)
+            for widget in self._widgets:
+                widget.send_state()
+        except Exception:
+            log.exception("the widgets cannot be written to")
 
 
 def show(panel: ipw.Widget, fallback: dict[str, str]) -> None:
