@@ -67,7 +67,8 @@ class RunFigure(Figure):
     def alt_text(self) -> str:
         """What the figure says and shows, for those who do not see it."""
         panels = "; ".join(axes.get_title(loc="left") for axes in self.axes)
-        return f"{self.get_suptitle()}. Panels: {panels}."
+        title = self.get_suptitle()
+        return f"{title}. Panels: {panels}." if title else f"{panels}."
 
     def _repr_mimebundle_(self, **_: object) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
         """Return the picture, and HTML with its text: notebooks drop the text of a mere picture."""
