@@ -112,10 +112,9 @@ class PageSupply:
             counters[Counter.PREEMPT_BYTES] = self._urgent_before + out.preempt.sent_bytes
 
     def next_batch(self, most: int) -> Indices | None:
-        """Return the next dirty pages from the cursor on, None when there are none."""
-        out = self.out
-        busy = time.monotonic() - self.last_request < _BUSY_S
-        most = min(most, out.batch_pages, _BUSY_PAGES if busy else out.batch_pages)
+        """Return at most so many dirty pages from the cursor on, None when there are none."""
+        if time.monotonic() - self.last_request < _BUSY_S:
+            most = min(most, _BUSY_PAGES)
         if not self.remaining:
             return None
         window = 4 * most
